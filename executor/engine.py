@@ -1,0 +1,114 @@
+"""Run a plan on a model: one process, PyTorch alone.
+
+``prepare`` turns an existing loop into the planned one without changing its shape:
+
+    step = executor.prepare(model, optimizer, plan, loss=loss)
+    for batch in loader:                 # one global batch, or an iterable of its micro-batches
+        value = step(batch)              # k micro-batches, autocast, recomputed segments, clipping, update
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from executor.errors import PlanDoesNotFit
+from executor.recompute import Checkpoints, Stretch
+from planner.plan import Plan
+from profiler.chain import Call
+from profiler.step import SILENT, Loss, Stepper, StepObserver, build_scaler
+from profiler.timing import to_device
+
+
+def apply_checkpoints(model: nn.Module, plan: Plan) -> Checkpoints:
+    """Put the plan's recomputed segments on the model; ``remove()`` of what is returned takes them off.
+
+    Raises PlanDoesNotFit, before anything changes, when the model has not the modules that the plan names.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    stretches = []
+    for segment in plan.checkpoint:
+        stretch = Stretch(Call.parse(segment.enter), Call.parse(segment.leave))
+        for call in (stretch.enter, stretch.leave):
+            if call is not None and call.module not in modules:
+                raise PlanDoesNotFit(
+                    f"The plan for {plan.model} recomputes a segment at module {call.module!r}, which "
+                    f"{type(model).__name__} has not. Profile and optimise this model."
+                )
+        stretches.append(stretch)
+    return Checkpoints(model, stretches)
+
+
+class PreparedStep:
+    """One planned optimizer step at a call; see ``prepare``."""
+
+    def __init__(self, stepper: Stepper, plan: Plan, checkpoints: Checkpoints) -> None:
+        self.stepper = stepper
+        self.checkpoints = checkpoints
+        self._plan = plan
+        self._device = next(stepper.model.parameters()).device
+
+    def __call__(self, batch: Any, observer: StepObserver = SILENT) -> torch.Tensor:
+        """Run one step on a global batch (or an iterable of its micro-batches); return the mean loss, detached.
+
+        Raises ValueError when the batch does not hold ``global_batch_size`` samples.
+        """
+        k = self._plan.gradient_accumulation_steps
+        micro_batches = batch if isinstance(batch, Iterator) else split(batch, self._plan.global_batch_size, k)
+        return self.stepper.step((to_device(mb, self._device) for mb in micro_batches), k, observer)
+
+    def remove(self) -> None:
+        """Take the plan's segments off the model."""
+        self.checkpoints.remove()
+
+
+def prepare(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    plan: Plan,
+    loss: Loss,
+    *,
+    max_gradient_norm: float | None = 1.0,
+) -> PreparedStep:
+    """Make ``step(batch)`` of a plan for a model and optimizer of yours; ``loss(model, micro_batch)`` is a scalar.
+
+    The learning-rate schedule stays yours: step it after ``step``. Raises PlanDoesNotFit for another model's plan.
+    """
+    checkpoints = apply_checkpoints(model, plan)
+    device_type = next(model.parameters()).device.type
+    stepper = Stepper(
+        model=model,
+        loss=loss,
+        optimizer=optimizer,
+        precision=plan.precision,
+        device_type=device_type,
+        scaler=build_scaler(plan.precision, device_type),
+        max_gradient_norm=max_gradient_norm,
+    )
+    return PreparedStep(stepper, plan, checkpoints)
+
+
+def split(batch: Any, global_batch_size: int, gradient_accumulation_steps: int) -> Iterable[Any]:
+    """Cut a global batch into micro-batches along the first dimension of every tensor in it."""
+    leaves, shape = tree_flatten(batch)
+    sizes = {leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()}
+    if sizes != {global_batch_size}:
+        raise ValueError(
+            f"A step takes a batch of global_batch_size = {global_batch_size} samples in the first dimension of every "
+            f"tensor, got {', '.join(map(str, sorted(sizes))) or 'no tensors'}. Drop the last, ragged batch."
+        )
+    size = global_batch_size // gradient_accumulation_steps
+
+    def piece(leaf: Any, index: int) -> Any:
+        if isinstance(leaf, torch.Tensor) and leaf.dim():
+            return leaf[index * size : (index + 1) * size]
+        return leaf
+
+    return [
+        tree_unflatten([piece(leaf, index) for leaf in leaves], shape)
+        for index in range(gradient_accumulation_steps)
+    ]

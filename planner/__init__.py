@@ -1,0 +1,40 @@
+"""Finds the best training plan for a profile, and says why it is the best.
+
+    import planner
+
+    plan = planner.optimize(profile, global_batch_size=32, memory_budget_bytes=8 * 2**30)
+    plan.prediction.step_seconds, plan.prediction.peak_memory_bytes
+    plan.save("gpt2.plan.json")
+
+Names are imported when first used; nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from planner.plan import NoFeasiblePlan as NoFeasiblePlan
+    from planner.plan import Plan as Plan
+    from planner.plan import Weights as Weights
+    from planner.plan import load_plan as load_plan
+    from planner.search import optimize as optimize
+    from profiler.records import RecordError as RecordError
+
+_HOMES = {
+    "NoFeasiblePlan": "planner.plan",
+    "Plan": "planner.plan",
+    "RecordError": "profiler.records",
+    "Weights": "planner.plan",
+    "load_plan": "planner.plan",
+    "optimize": "planner.search",
+}
+
+__all__ = ["NoFeasiblePlan", "Plan", "RecordError", "Weights", "load_plan", "optimize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'planner' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,166 @@
+"""The plan: what to run, what it is expected to cost, and why it was chosen.
+
+A plan is data. The executor walks it, the command line prints it, and a file holds it; nothing in it refers
+back to how it was found.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from msgspec import Meta
+
+from profiler import records
+from profiler.profile_record import DeviceRecord, Positive, Precision
+from profiler.records import Document, Record
+from profiler.workload_spec import WorkloadSpec
+
+Seconds = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0)]
+
+
+class Segment(Record):
+    """Stages ``first`` to ``last`` (both included) run forward again in the backward pass.
+
+    For the executor the segment begins where the module call ``enter`` begins and ends where ``leave``
+    begins.
+    """
+
+    first: str
+    last: str
+    mode: Literal["recompute"] = "recompute"
+    enter: str
+    leave: str
+
+
+class Cost(Record):
+    """What one optimizer step takes, predicted or measured. ``None`` is: not known on this device."""
+
+    step_seconds: Seconds
+    step_cpu_seconds: Seconds | None
+    peak_memory_bytes: Positive
+    peak_reserved_bytes: Positive | None
+    step_joules: Seconds | None
+
+
+class Parts(Record):
+    """What a prediction is made of: seconds by kind of work, and bytes alive at the highest moment."""
+
+    step_seconds: dict[str, Seconds]
+    peak_memory_bytes: dict[str, int]
+
+
+class Error(Record):
+    """Relative error to be expected of each prediction, from measurements."""
+
+    step_seconds: Share
+    peak_memory_bytes: Share
+
+
+class Prediction(Cost):
+    """A predicted cost with its parts, its error, and the moment of its peak in words."""
+
+    parts: Parts
+    error: Error
+    peak_at: str
+
+
+class Choice(Record):
+    """The knobs of one plan and what they are predicted to cost."""
+
+    micro_batch_size: Positive
+    gradient_accumulation_steps: Positive
+    precision: Precision
+    zero_stage: Annotated[int, Meta(ge=0, le=3)]
+    checkpoint: tuple[Segment, ...]
+    prediction: Prediction
+    fits: bool
+
+
+class Weights(Record):
+    """The weights of ``C = time * T/T0 + memory * M/M0 + energy * E/E0``; the plain plan has T0, M0, E0."""
+
+    time: Share = 1.0
+    memory: Share = 0.0
+    energy: Share = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.time or self.memory or self.energy):
+            raise ValueError(
+                "At least one of the weights of time, memory and energy must be positive, got 0, 0 and 0."
+            )
+
+
+class Objective(Record):
+    """The plan's cost under its weights. ``lower_bound`` equal to ``cost``: proven optimal."""
+
+    cost: float
+    weights: Weights
+    lower_bound: float
+    optimal: bool
+    plans_considered: int
+
+
+class Baselines(Record):
+    """What people do by hand, on the same scale: no checkpoints, every sqrt(L) blocks, every block."""
+
+    plain: Choice
+    sqrt: Choice
+    every_block: Choice
+
+
+class Plan(Document, tag="plan"):
+    """One plan. ``micro_batch_size * gradient_accumulation_steps * world_size == global_batch_size``."""
+
+    current_version: ClassVar[int] = 1
+    schema_version: int = current_version
+    model: str
+    workload: WorkloadSpec | None
+    profile_sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    device: DeviceRecord
+    optimizer: str
+    micro_batch_size: Positive
+    gradient_accumulation_steps: Positive
+    world_size: Positive
+    global_batch_size: Positive
+    precision: Precision
+    zero_stage: Annotated[int, Meta(ge=0, le=3)]
+    checkpoint: tuple[Segment, ...]
+    memory_budget_bytes: Positive | None
+    prediction: Prediction
+    objective: Objective
+    baselines: Baselines
+    front: tuple[Choice, ...]
+
+    def __post_init__(self) -> None:
+        b, k, world = self.micro_batch_size, self.gradient_accumulation_steps, self.world_size
+        if b * k * world != self.global_batch_size:
+            raise ValueError(
+                "micro_batch_size * gradient_accumulation_steps * world_size must be global_batch_size, "
+                f"got {b} * {k} * {world} = {b * k * world} and {self.global_batch_size}"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan to a file, whole or not at all."""
+        records.write(path, self)
+        return Path(path)
+
+    @property
+    def sha256(self) -> str:
+        """The identity of the plan: of the bytes of its file."""
+        return records.sha256(self)
+
+
+class NoFeasiblePlan(Exception):
+    """No plan fits the memory budget; ``tightest`` is the prediction of the plan that needs least."""
+
+    def __init__(self, message: str, tightest: Prediction) -> None:
+        super().__init__(message)
+        self.tightest = tightest
+
+
+def load_plan(path: str | os.PathLike[str]) -> Plan:
+    """Read a plan file; RecordError says in one line what is wrong with it."""
+    return records.read(path, Plan)

@@ -1,0 +1,71 @@
+"""Which device a run is on, and the clocks that can be read there."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from profiler.profile_record import DeviceRecord
+
+PACKAGES = ("torch", "transformers", "torchvision", "deepspeed", "optuna", "training-planner")
+
+
+def resolve(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device that is here; ValueError otherwise."""
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind == "cpu" and not index:
+        return torch.device("cpu")
+    if kind == "cuda" and (not index or index.isdecimal()):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(index or 0) < count:
+            return torch.device("cuda", int(index or 0))
+        raise ValueError(
+            f"--device {name} is not here: this machine has {count} CUDA devices. Use auto or cpu."
+        )
+    raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}.")
+
+
+def describe(device: torch.device) -> DeviceRecord:
+    """The record of a device that is here."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return DeviceRecord(kind="cuda", name=properties.name, memory_bytes=properties.total_memory)
+    pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return DeviceRecord(
+        kind="cpu", name=_cpu_name(), memory_bytes=pages * page_bytes, threads=torch.get_num_threads()
+    )
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Python and the libraries that decide how a step runs."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def process_cpu_seconds() -> float:
+    """CPU time of all threads of this process: steady on a machine that others use too."""
+    return time.process_time()

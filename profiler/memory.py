@@ -1,0 +1,488 @@
+"""The memory curves of a step, from steps that run under fake tensors.
+
+Two runs at each of two micro-batch sizes tell everything:
+
+    plain:    F0 F1 ... F_L-1 | B_L-1 ... B0   F0 ... B0   optimizer   (gradients appear, then are added to)
+    dropped:  F0 F1 ... F_L-1                                          (saved tensors are let go at once)
+
+Every storage has a birth and a death in this sequence of windows, so each can be given to the stage that
+*owns* it: a storage that survives the forward pass belongs to the stage that made it, except a stage's input,
+which belongs to the stage that saves it. A window's curve leaves out what earlier stages own; what remains
+does not depend on whether those were recomputed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from profiler.chain import Call, Stage, watch_calls
+from profiler.fake import RealIntegers, fake_batch, fake_parameters
+from profiler.live import LiveStorages
+from profiler.profile_record import AffineBytes, Curve, Precision, PrecisionMemory, StageMemory
+from profiler.step import StepObserver, Stepper, build_optimizer
+from profiler.workload import Workload
+
+Window = tuple[str, int, int]
+"""``(phase, micro_batch, stage)``; phases are forward, backward, between, optimizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alloc:
+    key: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    key: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Enter:
+    """A window begins. ``input_key`` is the stage's input storage for forward windows."""
+
+    window: Window
+    input_key: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Autograd saved a tensor of this storage for backward."""
+
+    key: int
+
+
+Event = Alloc | Free | Enter | Save
+
+
+@dataclass(slots=True)
+class Trace:
+    """The events of one step, and what was alive before it."""
+
+    events: list[Event] = field(default_factory=list)
+    parameter_bytes: int = 0
+    buffer_bytes: int = 0
+    optimizer_state_bytes: int = 0
+    batch_bytes: int = 0
+
+    @property
+    def constant_bytes(self) -> int:
+        return self.parameter_bytes + self.buffer_bytes + self.optimizer_state_bytes + self.batch_bytes
+
+
+class WindowMarks(StepObserver):
+    """Turns a step's course into windows: forward by module entries, backward by gradients of stage inputs.
+
+    ``mark(window, input)`` is called as each window begins. Used for memory (fake) and for time (real) alike.
+    """
+
+    def __init__(self, stages: Sequence[Stage], mark: Callable[[Window, torch.Tensor | None], None]) -> None:
+        self._index = {Call.parse(stage.entry): i for i, stage in enumerate(stages) if stage.entry}
+        self._last = len(stages) - 1
+        self._mark = mark
+        self._micro_batch = 0
+        self._restart: Callable[[], None] = lambda: None
+
+    @contextlib.contextmanager
+    def watching(self, model: torch.nn.Module) -> Iterator[None]:
+        modules = {call.module for call in self._index}
+        with watch_calls(model, self._entering, only=modules) as restart:
+            self._restart = restart
+            yield
+
+    def _entering(self, call: Call, inputs: list[torch.Tensor]) -> None:
+        index = self._index.get(call)
+        if index is None or not torch.is_grad_enabled():
+            return
+        boundary = next((tensor for tensor in inputs if tensor.requires_grad), None)
+        self._mark(("forward", self._micro_batch, index), boundary)
+        if boundary is not None:
+            window = ("backward", self._micro_batch, index - 1)
+            boundary.register_hook(lambda gradient: self._mark(window, None))  # type: ignore[no-untyped-call]
+
+    def forward_begins(self, micro_batch: int) -> None:
+        self._restart()
+        self._micro_batch = micro_batch
+        self._mark(("forward", micro_batch, 0), None)
+
+    def backward_begins(self, micro_batch: int) -> None:
+        self._mark(("backward", micro_batch, self._last), None)
+
+    def backward_ended(self, micro_batch: int) -> None:
+        self._mark(("between", micro_batch, 0), None)
+
+    def optimizer_begins(self) -> None:
+        self._mark(("optimizer", 0, 0), None)
+
+    def step_ended(self) -> None:
+        self._mark(("between", self._micro_batch, 0), None)
+
+
+class MemoryTracer:
+    """Runs fake steps of one workload and turns them into curves."""
+
+    def __init__(
+        self, workload: Workload, stages: Sequence[Stage], optimizer: str, block_bytes: int = 1
+    ) -> None:
+        self._workload = workload
+        self._stages = stages
+        self._optimizer = optimizer
+        self._block_bytes = block_bytes
+
+    def memory(self, precision: Precision, batch_sizes: tuple[int, int]) -> PrecisionMemory:
+        """Curves of a step at ``precision``, affine through two micro-batch sizes."""
+        small, large = (self._analyse(precision, size) for size in batch_sizes)
+        fit = _Fit(*batch_sizes)
+        trace = small.plain
+        return PrecisionMemory(
+            parameter_bytes=trace.parameter_bytes,
+            buffer_bytes=trace.buffer_bytes,
+            optimizer_state_bytes=trace.optimizer_state_bytes,
+            other_bytes=0,
+            batch=fit.affine(small.plain.batch_bytes / 2, large.plain.batch_bytes / 2),
+            optimizer=fit.curve(small.optimizer, large.optimizer),
+            stages=tuple(fit.stage(a, b) for a, b in zip(small.stages, large.stages, strict=True)),
+        )
+
+    def plain_peak_bytes(self, precision: Precision, batch_size: int) -> int:
+        """The peak of a fake plain step of two micro-batches, read directly."""
+        trace = self.trace(precision, batch_size, dropped=False)
+        live = peak = trace.constant_bytes
+        for event in trace.events:
+            if isinstance(event, Alloc):
+                live += event.size_bytes
+                peak = max(peak, live)
+            elif isinstance(event, Free):
+                live -= event.size_bytes
+        return peak
+
+    def _analyse(self, precision: Precision, batch_size: int) -> _Analysis:
+        return _analyse(
+            self.trace(precision, batch_size, dropped=False),
+            self.trace(precision, batch_size, dropped=True),
+            len(self._stages),
+        )
+
+    def trace(self, precision: Precision, batch_size: int, *, dropped: bool) -> Trace:
+        """A fake step of two micro-batches; ``dropped``: one forward pass whose saved tensors are let go."""
+        model = self._workload.model
+        trace = Trace()
+        recording = False
+
+        def observe(event: str, key: int, size_bytes: int) -> None:
+            if recording:
+                trace.events.append(Alloc(key, size_bytes) if event == "alloc" else Free(key, size_bytes))
+
+        live = LiveStorages(block_bytes=self._block_bytes, observe=observe)
+
+        def mark(window: Window, boundary: torch.Tensor | None) -> None:
+            if recording:
+                trace.events.append(Enter(window, live.key_of(boundary) if boundary is not None else None))
+
+        def save(tensor: torch.Tensor) -> torch.Tensor | None:
+            key = live.key_of(tensor)
+            if recording and key is not None:
+                trace.events.append(Save(key))
+            return None if dropped else tensor
+
+        marks = WindowMarks(self._stages, mark)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        batches = [fake_batch(mode, self._workload.batch(batch_size)) for _ in range(2)]
+        with (
+            fake_parameters(model, mode),
+            mode,
+            RealIntegers(),
+            live,
+            marks.watching(model),
+            torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+        ):
+            optimizer = build_optimizer(self._optimizer, model)
+            stepper = Stepper(
+                model=model,
+                loss=self._workload.loss,
+                optimizer=optimizer,
+                precision=precision,
+                device_type="cpu",
+                scaler=None,
+            )
+            before = live.live_bytes
+            live.track(model.parameters())
+            trace.parameter_bytes = live.live_bytes - before
+            before = live.live_bytes
+            live.track(model.buffers())
+            trace.buffer_bytes = live.live_bytes - before
+            before = live.live_bytes
+            live.track(leaf for leaf in tree_leaves(batches) if isinstance(leaf, torch.Tensor))
+            trace.batch_bytes = live.live_bytes - before
+            if dropped:
+                recording = True
+                marks.forward_begins(0)
+                with stepper.autocast():
+                    torch.set_autocast_cache_enabled(False)
+                    loss = stepper.loss(model, batches[0])
+                marks.backward_begins(0)
+                recording = False
+                del loss
+                return trace
+            before = live.live_bytes
+            stepper.step(batches, 2)
+            trace.optimizer_state_bytes = live.live_bytes - before
+            recording = True
+            stepper.step(batches, 2, marks)
+            recording = False
+        return trace
+
+
+@dataclass(slots=True)
+class _StageAnalysis:
+    input_bytes: int = 0
+    saves_input: bool = False
+    hold_bytes: int = 0
+    dropped_hold_bytes: int = 0
+    carry_bytes: int = 0
+    gradient_bytes: int = 0
+    forward: list[int] = field(default_factory=list)
+    recompute_points: int = 0
+    dropped: list[int] = field(default_factory=list)
+    dropped_first: list[int] = field(default_factory=list)
+    backward_first: list[int] = field(default_factory=list)
+    backward_later: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Analysis:
+    plain: Trace
+    stages: list[_StageAnalysis]
+    optimizer: list[int]
+
+
+@dataclass(slots=True)
+class _Life:
+    size_bytes: int
+    born: Window
+    dies: Window | None = None
+
+
+def _lives(
+    trace: Trace,
+) -> tuple[dict[int, _Life], dict[tuple[str, int, int], int | None], set[tuple[int, Window]]]:
+    """Where each storage was born and died; the input of each forward window; what was saved where."""
+    lives: dict[int, _Life] = {}
+    inputs: dict[Window, int | None] = {}
+    saved: set[tuple[int, Window]] = set()
+    window: Window = ("between", 0, 0)
+    for event in trace.events:
+        match event:
+            case Enter(window=entered, input_key=key):
+                window = entered
+                inputs[window] = key
+            case Alloc(key=key, size_bytes=size):
+                lives[key] = _Life(size, window)
+            case Free(key=key) if key in lives:
+                lives[key].dies = window
+            case Save(key=key):
+                saved.add((key, window))
+            case _:
+                pass
+    return lives, inputs, saved
+
+
+def _analyse(plain: Trace, dropped: Trace, length: int) -> _Analysis:
+    stages = [_StageAnalysis() for _ in range(length)]
+    lives, inputs, saved = _lives(plain)
+    keys = [[inputs.get(("forward", m, i)) for i in range(length)] for m in range(2)]
+    owner = {key: _owner(key, life, keys, saved) for key, life in lives.items() if _survives_forward(life)}
+    for i, stage in enumerate(stages):
+        key = keys[0][i]
+        if key is not None and key in lives:
+            stage.input_bytes = lives[key].size_bytes
+            stage.saves_input = owner.get(key) == i and (key, ("forward", 0, i)) in saved
+        stage.hold_bytes = sum(
+            lives[k].size_bytes for k, who in owner.items() if who == i and lives[k].born[1] == 0
+        )
+        stage.gradient_bytes = sum(
+            life.size_bytes
+            for life in lives.values()
+            if life.born == ("backward", 0, i) and _is_gradient(life)
+        )
+    optimizer = _walk_plain(plain, stages, lives, owner)
+    _walk_dropped(dropped, stages)
+    return _Analysis(plain, stages, optimizer)
+
+
+def _survives_forward(life: _Life) -> bool:
+    phase, micro_batch, _ = life.born
+    return phase == "forward" and not (
+        life.dies is not None and life.dies[0] == "forward" and life.dies[1] == micro_batch
+    )
+
+
+def _is_gradient(life: _Life) -> bool:
+    """Whether a storage born in a backward pass is a parameter's gradient: the optimizer sees it."""
+    return life.dies is None or life.dies[0] == "optimizer"
+
+
+def _owner(key: int, life: _Life, keys: list[list[int | None]], saved: set[tuple[int, Window]]) -> int:
+    """The stage that a surviving storage is counted with."""
+    _, micro_batch, born = life.born
+    row = keys[micro_batch]
+    after = born + 1
+    if after < len(row) and row[after] == key and (key, ("forward", micro_batch, after)) in saved:
+        return after
+    return born
+
+
+def _walk_plain(
+    trace: Trace, stages: list[_StageAnalysis], lives: dict[int, _Life], owner: dict[int, int]
+) -> list[int]:
+    """Fill the forward and backward points of every stage; return the optimizer's."""
+    alive: dict[int, int] = {}
+    total = 0
+    window: Window = ("between", 0, 0)
+    points: list[int] = []
+    optimizer: list[int] = []
+    excluded = 0
+
+    def earlier(key: int) -> bool:
+        phase, micro_batch, stage = window
+        if phase not in ("forward", "backward"):
+            return False
+        return key in owner and lives[key].born[1] == micro_batch and owner[key] < stage
+
+    for event in trace.events:
+        match event:
+            case Enter(window=entered):
+                window = entered
+                excluded = sum(size for key, size in alive.items() if earlier(key))
+                phase, micro_batch, i = window
+                if phase == "forward":
+                    points = stages[i].forward if micro_batch == 0 else []
+                elif phase == "backward":
+                    points = stages[i].backward_first if micro_batch == 0 else stages[i].backward_later
+                    if micro_batch == 0:
+                        stages[i].carry_bytes = sum(
+                            size
+                            for key, size in alive.items()
+                            if not (key in owner and owner[key] <= i)
+                            and not (lives[key].born[0] == "backward" and _is_gradient(lives[key]))
+                        )
+                elif phase == "optimizer":
+                    points = optimizer
+                else:
+                    points = []
+                points.append(total - excluded)
+            case Alloc(key=key, size_bytes=size):
+                alive[key] = size
+                total += size
+                points.append(total - excluded)
+            case Free(key=key) if key in alive:
+                size = alive.pop(key)
+                total -= size
+                if earlier(key):
+                    excluded -= size
+            case Save() if window[0] == "forward" and window[1] == 0:
+                stages[window[2]].recompute_points = len(points)
+            case _:
+                pass
+    return optimizer
+
+
+def _walk_dropped(trace: Trace, stages: list[_StageAnalysis]) -> None:
+    lives, inputs, _ = _lives(trace)
+    length = len(stages)
+    boundaries = {inputs.get(("forward", 0, i)) for i in range(length)}
+    lasting = {
+        key
+        for key, life in lives.items()
+        if _survives_forward(life) and key not in boundaries and life.born[2] < length - 1
+    }
+    for i, stage in enumerate(stages):
+        stage.dropped_hold_bytes = sum(lives[key].size_bytes for key in lasting if lives[key].born[2] == i)
+    alive: dict[int, int] = {}
+    total = excluded = returned = 0
+    current = 0
+    for event in trace.events:
+        match event:
+            case Enter(window=("forward", _, i)):
+                current, returned = i, 0
+                excluded = sum(alive[key] for key in alive if key in lasting)
+                stages[i].dropped.append(total - excluded)
+                stages[i].dropped_first.append(total - excluded)
+            case Alloc(key=key, size_bytes=size):
+                alive[key] = size
+                total += size
+                stages[current].dropped.append(total - excluded)
+                stages[current].dropped_first.append(total - excluded + returned)
+            case Free(key=key) if key in alive:
+                size = alive.pop(key)
+                total -= size
+                if key == inputs.get(("forward", 0, current)):
+                    returned = size
+            case _:
+                pass
+
+
+class _Fit:
+    """Affine sizes and curves through two micro-batch sizes."""
+
+    def __init__(self, small: int, large: int) -> None:
+        self._small = small
+        self._large = large
+
+    def affine(self, at_small: float, at_large: float) -> AffineBytes:
+        per_sample = (at_large - at_small) / (self._large - self._small)
+        return at_small - per_sample * self._small, per_sample
+
+    def curve(self, at_small: list[int], at_large: list[int]) -> Curve:
+        if len(at_small) != len(at_large):
+            return (self.affine(max(at_small), max(at_large)),)
+        return upper_envelope({self.affine(a, b) for a, b in zip(at_small, at_large, strict=True)})
+
+    def stage(self, a: _StageAnalysis, b: _StageAnalysis) -> StageMemory:
+        return StageMemory(
+            input=self.affine(a.input_bytes, b.input_bytes),
+            saves_input=a.saves_input and b.saves_input,
+            hold=self.affine(a.hold_bytes, b.hold_bytes),
+            dropped_hold=self.affine(a.dropped_hold_bytes, b.dropped_hold_bytes),
+            carry=self.affine(a.carry_bytes, b.carry_bytes),
+            gradient=self.affine(a.gradient_bytes, b.gradient_bytes),
+            forward=self.curve(a.forward, b.forward),
+            recompute=self.curve(
+                a.forward[: max(a.recompute_points, 1)], b.forward[: max(b.recompute_points, 1)]
+            ),
+            dropped=self.curve(a.dropped, b.dropped),
+            dropped_first=self.curve(a.dropped_first, b.dropped_first),
+            backward_first=self.curve(a.backward_first, b.backward_first),
+            backward_later=self.curve(a.backward_later, b.backward_later),
+        )
+
+
+def upper_envelope(points: set[AffineBytes]) -> Curve:
+    """Those affine points that are the maximum for some micro-batch size b >= 1, by rising slope."""
+    best: dict[float, float] = {}
+    for fixed, per_sample in points:
+        best[per_sample] = max(best.get(per_sample, fixed), fixed)
+    envelope: list[AffineBytes] = []
+    for per_sample, fixed in sorted(best.items()):
+        while envelope:
+            last_fixed, last_slope = envelope[-1]
+            if fixed + per_sample >= last_fixed + last_slope:
+                envelope.pop()
+                continue
+            if len(envelope) >= 2:
+                before_fixed, before_slope = envelope[-2]
+                here = (last_fixed - fixed) * (last_slope - before_slope)
+                there = (before_fixed - last_fixed) * (per_sample - last_slope)
+                if here <= there:
+                    envelope.pop()
+                    continue
+            break
+        envelope.append((fixed, per_sample))
+    return tuple(envelope)

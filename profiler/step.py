@@ -1,0 +1,129 @@
+"""One optimizer step, as everybody here runs it.
+
+The profiler traces it, times it and the executor trains with it, so there is one definition of what a step
+is:
+
+    for each of k micro-batches:   loss(model, micro_batch) under autocast;  backward of loss / k
+    then:                          unscale, clip by norm, optimizer.step(), gradients set to None
+
+The mean of the k micro-batch gradients equals the gradient of one batch of k times the size, to rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from profiler.profile_record import Precision
+
+AUTOCAST_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+OPTIMIZERS = ("adamw", "sgd")
+
+Loss = Callable[[nn.Module, Any], torch.Tensor]
+
+
+class StepObserver:
+    """Told where in a step the machine is. The base class observes nothing."""
+
+    def forward_begins(self, micro_batch: int) -> None: ...
+
+    def backward_begins(self, micro_batch: int) -> None: ...
+
+    def backward_ended(self, micro_batch: int) -> None: ...
+
+    def optimizer_begins(self) -> None: ...
+
+    def step_ended(self) -> None: ...
+
+
+SILENT = StepObserver()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stepper:
+    """All that an optimizer step needs except the data. ``max_gradient_norm`` None means no clipping."""
+
+    model: nn.Module
+    loss: Loss
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    device_type: str
+    scaler: torch.amp.GradScaler | None = None
+    max_gradient_norm: float | None = 1.0
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = AUTOCAST_DTYPES.get(self.precision)
+        if dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, dtype=dtype)
+
+    def step(
+        self, micro_batches: Iterable[Any], gradient_accumulation_steps: int, observer: StepObserver = SILENT
+    ) -> torch.Tensor:
+        """Run one step and return the mean loss of its micro-batches (a detached scalar, no synchronisation).
+
+        Raises ValueError when ``micro_batches`` does not hold ``gradient_accumulation_steps`` batches.
+        """
+        k = gradient_accumulation_steps
+        total: torch.Tensor | None = None
+        seen = 0
+        for index, micro_batch in enumerate(micro_batches):
+            if index >= k:
+                raise ValueError(f"A step takes gradient_accumulation_steps = {k} micro-batches, got more.")
+            observer.forward_begins(index)
+            with self.autocast():
+                loss = self.loss(self.model, micro_batch) / k
+            observer.backward_begins(index)
+            if self.scaler is not None:
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            else:
+                loss.backward()  # type: ignore[no-untyped-call]
+            detached = loss.detach()
+            total = detached if total is None else total + detached
+            del loss, detached, micro_batch
+            seen += 1
+            observer.backward_ended(index)
+        if seen != k or total is None:
+            raise ValueError(f"A step takes gradient_accumulation_steps = {k} micro-batches, got {seen}.")
+        observer.optimizer_begins()
+        self._update()
+        observer.step_ended()
+        return total
+
+    def _update(self) -> None:
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if self.max_gradient_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_gradient_norm)
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def build_optimizer(
+    name: str, model: nn.Module, *, learning_rate: float = 1e-4, weight_decay: float = 0.01
+) -> torch.optim.Optimizer:
+    """The optimizer that a profile or plan names. Fused: loop and foreach variants need temporaries."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if name == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True
+        )
+    if name == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=learning_rate, momentum=0.9, weight_decay=weight_decay, fused=True
+        )
+    raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
+
+
+def build_scaler(precision: Precision, device_type: str) -> torch.amp.GradScaler | None:
+    """fp16 gradients need dynamic loss scaling; fp32 and bf16 have the range."""
+    return torch.amp.GradScaler(device_type) if precision == "fp16" else None

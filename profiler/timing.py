@@ -1,0 +1,308 @@
+"""How long every window of a step takes on the device.
+
+Real optimizer steps run with a mark at each window's begin; what lies between two marks is that window's
+time:
+
+    step:    F0 | F1 | ... | F_L-1 | B_L-1 | ... | B0 | F0 | ... | B0 | update
+    micro-batch 0: gradients appear                     1: gradients are added to
+
+One step warms up, a few are timed, and the median over them is kept. On a CPU a mark reads the wall clock and
+the process's CPU clock; on CUDA it records an event, and all are read after the step. The learning rate is
+zero and the buffers are put back, so the model is what it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from profiler.chain import Stage
+from profiler.device import process_cpu_seconds, synchronize
+from profiler.memory import Window, WindowMarks
+from profiler.profile_record import Precision, StageTime, StepTime
+from profiler.step import Stepper, build_optimizer, build_scaler
+from profiler.workload import Workload
+
+MICRO_BATCHES_PER_STEP = 2
+"""The first micro-batch makes gradients, the second adds to them; every later one is like the second."""
+
+HOPELESS_SLOWDOWN = 2.0
+"""A precision whose forward pass takes this many times fp32's is not timed any further."""
+
+
+class HopelessPrecisionError(Exception):
+    """A precision takes too long; carries how many times fp32's time it took at least."""
+
+    def __init__(self, slowdown: float) -> None:
+        super().__init__(slowdown)
+        self.slowdown = slowdown
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """A step's times on the wall clock and on the process's CPU clock (None on CUDA)."""
+
+    wall: StepTime
+    process_cpu: StepTime | None
+
+
+@contextlib.contextmanager
+def on_device(workload: Workload, device: torch.device) -> Iterator[Workload]:
+    """The workload with its model on ``device`` in training mode; afterwards the model is as it was."""
+    model = workload.model
+    home = next(model.parameters()).device
+    training = model.training
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            for parameter, _ in gradients:
+                parameter.grad = None
+            model.train()
+            yield Workload(
+                model=model.to(device),
+                batch=lambda size: to_device(workload.batch(size), device),
+                loss=workload.loss,
+                name=workload.name,
+            )
+        finally:
+            model.to(home)
+            model.train(training)
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    buffer.copy_(buffers[name])
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Every tensor of a batch on ``device``."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
+
+
+def stepper_for(workload: Workload, optimizer: str, precision: Precision, device: torch.device) -> Stepper:
+    """A stepper that measures but does not learn: its learning rate is zero."""
+    return Stepper(
+        model=workload.model,
+        loss=workload.loss,
+        optimizer=build_optimizer(optimizer, workload.model, learning_rate=0.0, weight_decay=0.0),
+        precision=precision,
+        device_type=device.type,
+        scaler=build_scaler(precision, device.type),
+    )
+
+
+def measure_times(
+    workload: Workload,
+    stages: Sequence[Stage],
+    *,
+    optimizer: str,
+    precision: Precision,
+    micro_batch_size: int,
+    device: torch.device,
+    steps: int,
+) -> Timing:
+    """Median times of ``steps`` optimizer steps of two micro-batches; the model is already on ``device``."""
+    stepper = stepper_for(workload, optimizer, precision, device)
+    clock = _CudaClock() if device.type == "cuda" else _CpuClock()
+    saves = _LastSave(clock)
+    marks = WindowMarks(stages, saves.window)
+    batches = [workload.batch(micro_batch_size) for _ in range(MICRO_BATCHES_PER_STEP)]
+    readings: list[_Reading] = []
+    with marks.watching(workload.model), torch.autograd.graph.saved_tensors_hooks(saves.pack, lambda t: t):
+        for index in range(steps + 1):
+            synchronize(device)
+            clock.start()
+            loss = stepper.step(batches, MICRO_BATCHES_PER_STEP, marks)
+            synchronize(device)
+            reading = clock.read()
+            saves.learn()
+            if not bool(torch.isfinite(loss)):
+                raise ValueError(
+                    f"loss(model, batch) is {loss.item()} at {precision} with micro-batch "
+                    f"{micro_batch_size}; a model whose loss is not finite cannot be profiled. "
+                    "Check the batch and the initial weights."
+                )
+            if index:
+                readings.append(reading)
+    wall = _summary([r.wall for r in readings], len(stages), micro_batch_size)
+    if any(r.process_cpu is None for r in readings):
+        return Timing(wall, None)
+    cpu = _summary([r.process_cpu for r in readings if r.process_cpu], len(stages), micro_batch_size)
+    return Timing(wall, cpu)
+
+
+def forward_seconds(workload: Workload, precision: Precision, batch: Any, device: torch.device) -> float:
+    """Seconds of one forward pass with gradients enabled, on the wall clock."""
+    stepper = stepper_for(workload, "sgd", precision, device)
+    synchronize(device)
+    start = time.perf_counter()
+    with stepper.autocast():
+        stepper.loss(stepper.model, batch)
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def check_worthwhile(
+    workload: Workload, stages: Sequence[Stage], precision: Precision, batch: Any, device: torch.device
+) -> None:
+    """Raise HopelessPrecisionError when ``precision`` runs far slower than fp32 here.
+
+    fp32's second forward pass is the yardstick. The other precision's first one (kernels are set up in it) is
+    broken off between two stages as soon as it has taken ten times as long; its second one is compared.
+    """
+    forward_seconds(workload, "fp32", batch, device)
+    yardstick = forward_seconds(workload, "fp32", batch, device)
+    start = time.perf_counter()
+
+    def mark(window: Window, boundary: torch.Tensor | None) -> None:
+        slowdown = (time.perf_counter() - start) / yardstick
+        if slowdown > 5 * HOPELESS_SLOWDOWN:
+            raise HopelessPrecisionError(slowdown)
+
+    with WindowMarks(stages, mark).watching(workload.model):
+        forward_seconds(workload, precision, batch, device)
+    slowdown = forward_seconds(workload, precision, batch, device) / yardstick
+    if slowdown > HOPELESS_SLOWDOWN:
+        raise HopelessPrecisionError(slowdown)
+
+
+Key = tuple[str, int, int]
+Times = dict[Key, float]
+
+
+@dataclass(slots=True)
+class _Reading:
+    """Seconds of each window; ``("saved", m, i)``: stage i's forward up to its last saved tensor."""
+
+    wall: Times
+    process_cpu: Times | None
+
+
+class _LastSave:
+    """Marks the moment of each stage's last saved tensor, once a first step has shown how many it saves."""
+
+    def __init__(self, clock: _CpuClock | _CudaClock) -> None:
+        self._clock = clock
+        self._window: Window = ("between", 0, 0)
+        self._counts: dict[int, int] = defaultdict(int)
+        self._last: dict[int, int] = {}
+        self._seen = 0
+
+    def window(self, window: Window, boundary: torch.Tensor | None) -> None:
+        self._window, self._seen = window, 0
+        self._clock.mark(window)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        phase, micro_batch, stage = self._window
+        if phase == "forward":
+            self._seen += 1
+            if not self._last:
+                self._counts[stage] = max(self._counts[stage], self._seen)
+            elif self._last.get(stage) == self._seen:
+                self._clock.mark_inside(("saved", micro_batch, stage))
+        return tensor
+
+    def learn(self) -> None:
+        if not self._last:
+            self._last = dict(self._counts)
+
+
+class _CpuClock:
+    """Wall and CPU clock readings at every mark."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[Key, bool, float, float]] = []
+
+    def start(self) -> None:
+        self._marks = []
+
+    def mark(self, key: Key) -> None:
+        self._marks.append((key, False, time.perf_counter(), process_cpu_seconds()))
+
+    def mark_inside(self, key: Key) -> None:
+        self._marks.append((key, True, time.perf_counter(), process_cpu_seconds()))
+
+    def read(self) -> _Reading:
+        self.mark(("end", 0, 0))
+        wall = _differences([(key, inside, t) for key, inside, t, _ in self._marks])
+        cpu = _differences([(key, inside, t) for key, inside, _, t in self._marks])
+        return _Reading(wall, cpu)
+
+
+class _CudaClock:
+    """CUDA events at every mark, read after the step."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[Key, bool, torch.cuda.Event]] = []
+
+    def start(self) -> None:
+        self._marks = []
+
+    def _record(self, key: Key, inside: bool) -> None:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self._marks.append((key, inside, event))
+
+    def mark(self, key: Key) -> None:
+        self._record(key, False)
+
+    def mark_inside(self, key: Key) -> None:
+        self._record(key, True)
+
+    def read(self) -> _Reading:
+        self._record(("end", 0, 0), False)
+        torch.cuda.synchronize()
+        first = self._marks[0][2]
+        marks = [(key, inside, first.elapsed_time(event) / 1e3) for key, inside, event in self._marks]
+        return _Reading(_differences(marks), None)
+
+
+def _differences(marks: list[tuple[Key, bool, float]]) -> Times:
+    times: Times = defaultdict(float)
+    window: tuple[Key, float] | None = None
+    for key, inside, at in marks:
+        if window is not None and inside:
+            times[key] = at - window[1]
+            continue
+        if window is not None:
+            times[window[0]] += at - window[1]
+        window = (key, at)
+    return dict(times)
+
+
+def _summary(steps: list[Times], length: int, micro_batch_size: int) -> StepTime:
+    totals = [sum(t for key, t in step.items() if key[0] != "saved") for step in steps]
+
+    def median(*keys: Key) -> float:
+        return statistics.median(step.get(key, 0.0) for key in keys for step in steps)
+
+    def stage(i: int) -> StageTime:
+        forward = median(("forward", 0, i), ("forward", 1, i))
+        return StageTime(
+            forward_seconds=forward,
+            recompute_seconds=min(forward, median(("saved", 0, i), ("saved", 1, i))),
+            backward_first_seconds=median(("backward", 0, i)),
+            backward_later_seconds=median(("backward", 1, i)),
+        )
+
+    ordered = sorted(totals)
+    quarter = len(ordered) // 4
+    middle = statistics.median(ordered)
+    return StepTime(
+        micro_batch_size=micro_batch_size,
+        stages=tuple(stage(i) for i in range(length)),
+        update_seconds=median(("optimizer", 0, 0)),
+        host_seconds=sum(median(("between", m, 0)) for m in range(2)) / 2,
+        step_seconds=middle,
+        steps_timed=len(steps),
+        spread=(ordered[-1 - quarter] - ordered[quarter]) / (2 * middle),
+    )
