@@ -1,10 +1,10 @@
 """Trains with a plan, and holds the plan against what really happens.
 
-    import executor
+import executor
 
-    step = executor.prepare(model, optimizer, plan, loss=loss)     # an existing loop keeps its shape
-    executor.train(plan, data=..., output_dir=...)                 # or the whole run
-    executor.verify(plan).relative_error                           # predicted against measured
+step = executor.prepare(model, optimizer, plan, loss=loss)     # an existing loop keeps its shape
+executor.train(plan, data=..., output_dir=...)                 # or the whole run
+executor.verify(plan).relative_error                           # predicted against measured
 """
 
 from __future__ import annotations

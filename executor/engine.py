@@ -58,7 +58,9 @@ class PreparedStep:
         Raises ValueError when the batch does not hold ``global_batch_size`` samples.
         """
         k = self._plan.gradient_accumulation_steps
-        micro_batches = batch if isinstance(batch, Iterator) else split(batch, self._plan.global_batch_size, k)
+        micro_batches = (
+            batch if isinstance(batch, Iterator) else split(batch, self._plan.global_batch_size, k)
+        )
         return self.stepper.step((to_device(mb, self._device) for mb in micro_batches), k, observer)
 
     def remove(self) -> None:

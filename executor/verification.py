@@ -100,8 +100,7 @@ def compare(
     """The verdict on a measured cost."""
     predicted = plan.prediction
     errors = {
-        name: _relative(getattr(predicted, name), getattr(measured, name))
-        for name in Cost.__struct_fields__
+        name: _relative(getattr(predicted, name), getattr(measured, name)) for name in Cost.__struct_fields__
     }
     time_errors = [abs(e) for name in ("step_seconds", "step_cpu_seconds") if (e := errors[name]) is not None]
     memory_error = errors["peak_memory_bytes"]

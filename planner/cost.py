@@ -6,9 +6,11 @@ its units made equal: in seconds and bytes the bytes would drown the seconds).
 
 from __future__ import annotations
 
+import msgspec
+
 from planner.memory import MemoryWindow, peak_window, timeline
 from planner.placement import Segments
-from planner.plan import Cost, Error, Parts, Prediction, Segment, Weights
+from planner.plan import Choice, Cost, Error, Parts, Plan, Prediction, Segment, Weights
 from planner.time import at_micro_batch, expected_error, step_parts
 from profiler.profile_record import PrecisionProfile, Profile
 
@@ -100,6 +102,25 @@ def objective(cost: Cost, reference: Cost, weights: Weights) -> float:
             )
         value += weights.energy * cost.step_joules / reference.step_joules
     return value
+
+
+def instead(plan: Plan, choice: Choice) -> Plan:
+    """The same plan document with other knobs: a baseline or a point of the front, to verify or train. No budget."""
+    return msgspec.structs.replace(
+        plan,
+        micro_batch_size=choice.micro_batch_size,
+        gradient_accumulation_steps=choice.gradient_accumulation_steps,
+        precision=choice.precision,
+        zero_stage=choice.zero_stage,
+        checkpoint=choice.checkpoint,
+        memory_budget_bytes=None,
+        prediction=choice.prediction,
+        objective=msgspec.structs.replace(
+            plan.objective,
+            cost=objective(choice.prediction, plan.baselines.plain.prediction, plan.objective.weights),
+            optimal=False,
+        ),
+    )
 
 
 def name_segments(profile: Profile, segments: Segments) -> tuple[Segment, ...]:

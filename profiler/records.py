@@ -109,14 +109,16 @@ def decode(data: bytes, type_: type[DocumentT], *, source: str = "the document")
 
 
 def encode(document: Document) -> bytes:
-    """The document's bytes, the same for the same contents. ValueError when they could not be read back."""
+    """The document's bytes, the same for the same contents. ValueError when they could not be read back.
+
+    What is written is what would be read back: an int in a field of floats becomes a float first.
+    """
     kind = kind_of(type(document))
     for where, value in _floats(msgspec.to_builtins(document), "$"):
         if not math.isfinite(value):
             raise ValueError(f"A {kind} holds finite numbers only, got {value} at {where}.")
-    data = msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
-    decode(data, type(document), source="what should be written")
-    return data
+    as_read_back = decode(msgspec.json.encode(document), type(document), source="what should be written")
+    return msgspec.json.format(msgspec.json.encode(as_read_back), indent=2) + b"\n"
 
 
 def write(path: str | os.PathLike[str], document: Document) -> None:

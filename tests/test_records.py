@@ -289,3 +289,10 @@ def test_the_identity_of_a_document_is_that_of_its_file() -> None:
 
 def test_a_file_laid_out_differently_is_the_same_document() -> None:
     assert sha256(decode(SOUP_TEXT.replace("\n", "").encode(), Recipe)) == sha256(SOUP)
+
+
+def test_an_int_in_a_field_of_floats_has_the_bytes_of_the_float() -> None:
+    whole, point = ((Cost(seconds=value),) for value in (2, 2.0))
+    assert encode(Recipe(name="a", portions=1, steps=whole)) == encode(
+        Recipe(name="a", portions=1, steps=point)
+    )

@@ -1,0 +1,111 @@
+"""The command line: ``planner profile | optimize | explain | verify | train | dashboard``.
+
+A command parses its flags, calls the library, and prints; it imports what it needs when it runs, so that help comes at
+once. What was asked for goes to stdout, everything else to stderr, and the exit code says how it ended:
+
+    0    done
+    1    a bug: its traceback is shown
+    2    bad usage or bad input, in one line that names the flag or file, the rule, the facts and the way out
+    3    no plan fits the memory budget
+    4    the profile or plan does not fit what is asked of it: another device or model, a precision not profiled
+    5    verification failed
+    130  interrupted
+
+Our own refusals are ValueErrors, and a bug may end in a ValueError too. What tells them apart is where it comes from:
+a refusal is a ``raise`` statement in a module of ours, while a bug's comes out of a call, an unpacking or a conversion.
+So one line and exit code 2 are for ValueErrors that our own code says in so many words; any other shows its traceback.
+That includes a workload of the user's that raises while it runs: its traceback is what the user needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import linecache
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from planner.cli import dashboard, explain, optimize, profile, train, verify
+
+COMMANDS = (profile, optimize, explain, verify, train, dashboard)
+OURS = {"planner", "profiler", "executor"}
+
+BROKEN_PIPE = 141
+"""128 + SIGPIPE: how a shell reports a program whose reader went away."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its complaint in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        message = message.rstrip(".")
+        self.exit(2, f"planner: {message[0].lower()}{message[1:]}. See {self.prog} --help.\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    # A workload package.module:function may lie where the user stands.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("planner: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        outcome = _outcome(error)
+        if outcome is None:
+            raise
+        print(f"planner: {' '.join(str(error).split())}", file=sys.stderr)
+        return outcome
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="planner",
+        description="Profiles a PyTorch model, finds the cheapest training plan that fits in memory, trains with it.",
+        epilog="planner COMMAND --help tells more. Start with: planner profile gpt2",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in COMMANDS:
+        name = module.__name__.rpartition(".")[2]
+        summary = (module.__doc__ or "").partition("\n")[0].rstrip(".")
+        command = commands.add_parser(name, help=summary[0].lower() + summary[1:], description=f"{summary}.")
+        module.add_arguments(command)
+        command.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def _outcome(error: Exception) -> int | None:
+    """The exit code of an error of ours; None for a bug."""
+    from planner.plan import NoFeasiblePlan
+    from planner.search import PrecisionNotProfiled
+
+    if isinstance(error, NoFeasiblePlan):
+        return 3
+    mismatches: tuple[type[Exception], ...] = (PrecisionNotProfiled,)
+    if "executor.errors" in sys.modules:
+        from executor.errors import PlanDoesNotFit
+
+        mismatches += (PlanDoesNotFit,)
+    if isinstance(error, mismatches):
+        return 4
+    return 2 if isinstance(error, ValueError | TypeError) and _is_refusal(error) else None
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a ``raise`` statement in a module of ours made it."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    package = str(frame.f_globals.get("__name__")).partition(".")[0]
+    statement = linecache.getline(frame.f_code.co_filename, line, frame.f_globals)
+    return package in OURS and statement.lstrip().startswith("raise ")

@@ -1,0 +1,114 @@
+"""What the flags accept: sizes, lists, counts, files.
+
+Each function turns the words of one flag into a value, or says what the flag takes and what was given instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+from decimal import Decimal
+from pathlib import Path
+
+UNITS = {"": 1, "b": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for suffix, base in (("b", 1000), ("ib", 1024))
+}
+"""Bytes in a unit, by its name in small letters: ``gb`` is 1000**3, ``gib`` is 1024**3."""
+
+
+def size(text: str) -> int:
+    """``8GiB``, ``8GB``, ``1.5GiB`` or plain bytes, as bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
+    unit = match[2].lower() if match else ""
+    if match is None or unit not in UNITS:
+        way_out = f" Is it {text}iB (1024) or {text}B (1000)?" if unit in "kmgt" and unit else ""
+        raise argparse.ArgumentTypeError(
+            f"a size is a number with a unit such as 8GiB, 8GB or 512MiB, or plain bytes, got {text!r}.{way_out}"
+        )
+    found = int(Decimal(match[1]) * UNITS[unit])
+    if found < 1:
+        raise argparse.ArgumentTypeError(f"a size must be at least one byte, got {text!r}")
+    return found
+
+
+def count(text: str) -> int:
+    """A whole number of at least one."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Whole numbers of at least one, ``1,2,4``."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"must be whole numbers of at least 1, such as 1,2,4, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def weight(text: str) -> float:
+    """A finite number that is not negative."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"a weight must be a number of at least 0, got {text!r}")
+    return value
+
+
+def precisions(text: str) -> tuple[str, ...]:
+    """Some of fp32, bf16, fp16, ``fp32,bf16``."""
+    from profiler.profile_record import PRECISIONS
+
+    return _some_of(PRECISIONS, text)
+
+
+def zero_stages(text: str) -> tuple[int, ...]:
+    """Some of the stages of ZeRO, ``0,1``."""
+    return tuple(int(stage) for stage in _some_of(("0", "1", "2", "3"), text))
+
+
+def no_trials(text: str) -> int:
+    """Zero, the only number of sampled trials that makes sense for an exact search."""
+    if text != "0":
+        raise argparse.ArgumentTypeError(
+            f"must be 0, got {text!r}: the search is exact and considers every plan. Leave it out"
+        )
+    return 0
+
+
+def output_file(text: str) -> Path:
+    """A file that can be written when the work is done: its folder is there, and it is not one itself."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file, got the folder {text}. Name a file in it")
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(
+            f"must lie in a folder that is there and can be written, got {text}. Make {path.parent} first"
+        )
+    return path
+
+
+def output_folder(text: str) -> Path:
+    """A folder that is there or can be made."""
+    path = Path(text)
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(
+            f"must be a folder that can be written, got {text}: {there} is not one"
+        )
+    return path
+
+
+def _some_of(choices: tuple[str, ...], text: str) -> tuple[str, ...]:
+    parts = tuple(part.strip() for part in text.split(","))
+    if unknown := [part for part in parts if part not in choices]:
+        raise argparse.ArgumentTypeError(
+            f"must be of {', '.join(choices)}, separated by commas, got {unknown[0]!r}"
+        )
+    return parts

@@ -1,0 +1,127 @@
+"""``make demo``: the whole path on a real model, with the commands that a user would type.
+
+GPT-2 small (124 M parameters) is profiled on this machine, the best plan under a budget below the plain plan's peak is
+found, plan and plain baseline are run and measured in processes of their own, and a few training steps follow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from planner.cli.picture import MemoryCourse, draw_memory
+
+FOLDER = Path("demo")
+MODEL = "gpt2"
+BUDGET = "2600MiB"
+BUDGET_BYTES = 2600 * 2**20
+
+
+def main() -> int:
+    """Run the demo in ``./demo``; the exit code of the first command that fails, else 0."""
+    began = time.perf_counter()
+    FOLDER.mkdir(exist_ok=True)
+    os.environ.setdefault("PLANNER_HOME", str(FOLDER.resolve() / "home"))
+    profile, plan = FOLDER / "gpt2.profile.json", FOLDER / "gpt2.plan.json"
+    try:
+        _planner("profile", MODEL, "--seq-len", "256", "--batch", "1,2", "--steps", "3", "-o", str(profile))
+        _planner(
+            "optimize", str(profile), "--global-batch-size", "8", "--memory-budget", BUDGET, "-o", str(plan)
+        )
+        plain = _measure("verify", str(plan), "--baseline", "plain", "--steps", "2")
+        best = _measure("verify", str(plan), "--steps", "2")
+        _planner("train", str(plan), "--steps", "4", "--output-dir", str(FOLDER / "run"))
+    except subprocess.CalledProcessError as failure:
+        return failure.returncode
+    picture = FOLDER / "memory.png"
+    draw_memory(
+        _course("plain baseline, measured", plain),
+        _course("plan, measured", best),
+        BUDGET_BYTES,
+        f"GPT-2 small, sequence 256, global batch 8, {best['device']['name']}",
+        picture,
+    )
+    table = _table(plain, best)
+    (FOLDER / "table.txt").write_text(table + "\n")
+    print(f"\n{table}\n")
+    print(f"Picture: {picture}   Plan: {plan}   Study: planner dashboard --storage {_storage()}")
+    print(f"The demo took {time.perf_counter() - began:.0f} s.")
+    return 0
+
+
+def _storage() -> str:
+    return f"journal:{Path(os.environ['PLANNER_HOME']) / 'studies.journal'}"
+
+
+def _planner(*arguments: str) -> None:
+    print(f"\n$ planner {shlex.join(arguments)}", flush=True)
+    subprocess.run([sys.executable, "-m", "planner.cli", *arguments], check=True)
+
+
+def _measure(*arguments: str) -> dict[str, Any]:
+    print(f"\n$ planner {shlex.join(arguments)}", flush=True)
+    command = [sys.executable, "-m", "planner.cli", *arguments, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    if not done.stdout:
+        raise subprocess.CalledProcessError(done.returncode, command)
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
+
+
+def _course(label: str, document: dict[str, Any]) -> MemoryCourse:
+    return MemoryCourse(
+        label=label,
+        curve=document["measured"]["memory_curve"],
+        predicted_peak_bytes=document["prediction"]["peak_memory_bytes"],
+    )
+
+
+ROWS = (
+    ("step time, wall", "step_seconds", 1.0, "s", ".2f"),
+    ("step time, process CPU", "step_cpu_seconds", 1.0, "s", ".2f"),
+    ("peak memory", "peak_memory_bytes", 2**20, "MiB", ",.1f"),
+    ("energy", "step_joules", 1.0, "J", ".0f"),
+)
+
+
+def _table(plain: dict[str, Any], best: dict[str, Any]) -> str:
+    lines = [
+        f"{'':24} {'plain baseline':^37} {'plan':^37}",
+        f"{'':24}" + f" {'predicted':>12} {'measured':>12} {'error':>11}" * 2,
+    ]
+    for title, key, unit, symbol, form in ROWS:
+        cells = []
+        for document in (plain, best):
+            predicted, measured = document["prediction"][key], document["measured"][key]
+            error = document["measured"]["relative_error"][key]
+            cells += [
+                "unknown" if predicted is None else f"{predicted / unit:{form}} {symbol}",
+                "unknown" if measured is None else f"{measured / unit:{form}} {symbol}",
+                "" if error is None else f"{error:+.2%}",
+            ]
+        lines.append(
+            f"{title:24}" + "".join(f" {a:>12} {b:>12} {c:>11}" for a, b, c in (cells[:3], cells[3:]))
+        )
+    for title, document in (("plain baseline", plain), ("plan", best)):
+        k, b = document["gradient_accumulation_steps"], document["micro_batch_size"]
+        segments = document["checkpoint"]
+        lines.append(
+            f"{title}: micro-batch {b} x {k} accumulation steps, {document['precision']}, "
+            + (f"{len(segments)} recomputed segments" if segments else "nothing recomputed")
+        )
+    fits = best["measured"]["peak_memory_bytes"] <= BUDGET_BYTES
+    plain_fits = plain["measured"]["peak_memory_bytes"] <= BUDGET_BYTES
+    lines.append(
+        f"budget {BUDGET}: the plain baseline {'fits' if plain_fits else 'does not fit'}, the plan {'fits' if fits else 'DOES NOT FIT'}."
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""How commands speak: one manner for numbers, tables and progress.
+
+Sizes are binary, MiB and GiB; times take the unit that keeps them short. Tables have no lines but one under their
+heading. On a terminal progress is one line that moves; elsewhere it is a line per message, on stderr either way.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich import box
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_WIDTH = 100
+"""Columns to fill where stdout is not a terminal."""
+
+NEGLIGIBLE = 0.0005
+"""Parts of a whole below this share are not shown."""
+
+BASELINES = {"plain": "nothing recomputed", "sqrt": "every sqrt(L) blocks", "every_block": "every block"}
+"""What the baselines do, in words."""
+
+
+def console() -> Console:
+    """Stdout, with nothing in what we print taken for markup."""
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    return Console(width=width, markup=False, highlight=False, soft_wrap=False)
+
+
+def heading(text: str) -> Text:
+    """The title of a block."""
+    return Text(text, style="bold")
+
+
+def table(*columns: str, right: Sequence[str] = ()) -> Table:
+    """A table with these headings; those in ``right`` hold numbers."""
+    made = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim", show_edge=False, padding=(0, 2, 0, 0)
+    )
+    for column in columns:
+        numeric = column in right
+        made.add_column(column, justify="right" if numeric else "left", no_wrap=numeric)
+    return made
+
+
+def facts(rows: Sequence[tuple[str, str]]) -> Table:
+    """Names and what they are."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="dim", no_wrap=True, min_width=12)
+    grid.add_column()
+    for name, value in rows:
+        grid.add_row(name, value)
+    return grid
+
+
+def of_bytes(count: float) -> str:
+    """``2.54 GiB``, ``475 MiB``, ``16.0 KiB``."""
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if abs(count) >= 2**power:
+            return f"{_three_digits(count / 2**power)} {unit}"
+    return f"{count:.0f} B"
+
+
+def of_seconds(seconds: float) -> str:
+    """``52.8 s``, ``4.21 ms``, ``51.7 us``."""
+    if seconds == 0 or abs(seconds) >= 1:
+        return f"{_three_digits(seconds)} s"
+    unit, factor = ("ms", 1e3) if abs(seconds) >= 1e-3 else ("us", 1e6)
+    return f"{_three_digits(seconds * factor)} {unit}"
+
+
+def of_count(count: int) -> str:
+    """``124.4 M``, ``38.6 k``."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{_three_digits(count / size)} {unit}"
+    return str(count)
+
+
+def change(relative: float) -> str:
+    """``+12.8%``; nothing where it would read as zero."""
+    return f"{relative:+.1%}" if abs(relative) >= 0.0005 else ""
+
+
+def _three_digits(value: float) -> str:
+    decimals = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{decimals}f}"
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Where a long command says what it is doing."""
+    if not sys.stderr.isatty():
+        began = time.monotonic()
+        yield lambda message: print(
+            f"{time.monotonic() - began:6.1f} s  {message}", file=sys.stderr, flush=True
+        )
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("starting", total=None)
+        yield lambda message: shown.update(task, description=message)

@@ -1,0 +1,92 @@
+"""Run a plan briefly and hold its prediction against what is measured.
+
+Exit code 5 says that a measurement lies outside of the error that the plan states.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from planner.cli import arguments
+
+if TYPE_CHECKING:
+    from executor import Verification
+    from planner.plan import Plan
+
+FAILED = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("plan", metavar="PLAN", help="a file made by planner optimize")
+    parser.add_argument(
+        "--steps", metavar="N", type=arguments.count, default=5, help="optimizer steps to time (default: 5)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from planner.plan import load_plan
+
+    plan = load_plan(args.plan)
+    from planner.cli.output import progress
+
+    with progress() as tell:
+        tell("loading torch")
+        import executor
+
+        found = executor.verify(plan, steps=args.steps, progress=tell)
+    if args.json:
+        json.dump(_document(plan, found), sys.stdout, indent=2)
+        print()
+    else:
+        show(plan, found)
+    return 0 if found.passed else FAILED
+
+
+def _document(plan: Plan, found: Verification) -> dict[str, object]:
+    """The plan's own document, and what was measured beside it."""
+    import msgspec
+
+    whole: dict[str, object] = msgspec.to_builtins(plan)
+    measured: dict[str, object] = msgspec.to_builtins(found.measured)
+    verdict = {"relative_error": found.relative_error, "within": found.within, "passed": found.passed}
+    return whole | {"measured": measured | verdict}
+
+
+def show(plan: Plan, found: Verification) -> None:
+    """Predicted against measured."""
+    from planner.cli.output import console, heading, of_bytes, of_seconds, table
+
+    out = console()
+    verdict = "the plan holds" if found.passed else "the plan does not hold"
+    out.print(heading(f"{plan.model}: {verdict}"))
+    out.print()
+    numbers = ("predicted", "measured", "off", "stated")
+    rows = table("", *numbers, "", right=numbers)
+    stated = plan.prediction.error
+    for name, label, written, error in (
+        ("step_seconds", "step time", of_seconds, stated.step_seconds),
+        ("step_cpu_seconds", "step time, CPU's clock", of_seconds, stated.step_seconds),
+        ("peak_memory_bytes", "peak memory", of_bytes, stated.peak_memory_bytes),
+        ("peak_reserved_bytes", "peak reserved", of_bytes, None),
+        ("step_joules", "energy", lambda joules: f"{joules:.3g} J", None),
+    ):
+        predicted, measured = getattr(found.predicted, name), getattr(found.measured, name)
+        off = found.relative_error.get(name)
+        if measured is None:
+            continue
+        rows.add_row(
+            label,
+            "" if predicted is None else written(predicted),
+            written(measured),
+            "" if off is None else f"{off:+.1%}",
+            "" if error is None else f"± {error:.1%}",
+            {True: "within", False: "outside", None: ""}[found.within.get(name)],
+        )
+    out.print(rows)
+    if not found.within.get("memory_budget", True):
+        out.print()
+        over = found.measured.peak_memory_bytes - (plan.memory_budget_bytes or 0)
+        out.print(f"The measured peak is {of_bytes(over)} over the budget.")

@@ -1,0 +1,263 @@
+"""Why a plan is what it is, read from the plan alone.
+
+A memory budget is either slack, and the plan is simply the cheapest there is, or it binds. Then two questions matter,
+and the plan's front answers both: what would a little more memory buy, and how little would still do?
+
+    step time
+      |  *                    tightest        the smallest budget for which any plan exists
+      |    *
+      |       * <- chosen     next            the nearest faster plan that does not fit
+      |          |  *
+      |   budget |      *     without limit   the fastest plan of all
+      +----------+----------- peak memory
+
+What people do by hand (the baselines) loses for one of two reasons: it does not fit, or it costs more.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+from planner.cost import objective
+from planner.plan import Choice, Plan, Prediction, Segment
+from profiler.profile_record import Precision, Profile, StageMemory, StageRecord, StageTime, bytes_at
+from profiler.records import Document, Record
+
+Number = TypeVar("Number", int, float)
+
+
+class Alternative(Record):
+    """Another plan beside the chosen one; ``relative_*`` are its value over the chosen plan's, minus one.
+
+    ``budget_bytes`` is the smallest memory budget that lets it in, its stated error included. ``same``: it makes the
+    very choices of the chosen plan.
+    """
+
+    name: str
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    precision: Precision
+    segments: int
+    checkpoint: str
+    fits: bool
+    same: bool
+    step_seconds: float
+    peak_memory_bytes: int
+    budget_bytes: int
+    cost: float
+    relative_step_seconds: float
+    relative_peak_memory_bytes: float
+    relative_cost: float
+
+
+class Explanation(Document, tag="explanation"):
+    """What binds a plan, why others lose, and what other budgets would give.
+
+    ``headroom_bytes``: what the budget leaves above the predicted peak and its error; None without a budget.
+    ``binding``: whether a plan on the front costs less, which then does not fit. ``next_faster``: the first faster plan
+    on the front that does not fit. The front in a plan is thinned: between two of its points there may be others.
+    """
+
+    current_version: ClassVar[int] = 1
+    schema_version: int = current_version
+    plan_sha256: str
+    model: str
+    memory_budget_bytes: int | None
+    needed_bytes: int
+    headroom_bytes: int | None
+    binding: bool
+    peak_at: str
+    peak_parts: dict[str, int]
+    step_parts: dict[str, float]
+    baselines: tuple[Alternative, ...]
+    tightest: Alternative
+    next_faster: Alternative | None
+    without_limit: Alternative
+
+
+def explain(plan: Plan) -> Explanation:
+    """Hold a plan against its baselines and its front."""
+    baselines = plan.baselines
+    budget, needed = plan.memory_budget_bytes, budget_for(plan.prediction)
+    without_limit = min((chosen(plan), *plan.front), key=lambda choice: _cost(plan, choice.prediction))
+    faster = (
+        choice
+        for choice in plan.front
+        if not choice.fits and choice.prediction.step_seconds < plan.prediction.step_seconds
+    )
+    next_faster = next(faster, None)
+    return Explanation(
+        plan_sha256=plan.sha256,
+        model=plan.model,
+        memory_budget_bytes=budget,
+        needed_bytes=needed,
+        headroom_bytes=None if budget is None else budget - needed,
+        binding=_cost(plan, without_limit.prediction) < plan.objective.cost,
+        peak_at=plan.prediction.peak_at,
+        peak_parts=_falling(plan.prediction.parts.peak_memory_bytes),
+        step_parts=_falling(plan.prediction.parts.step_seconds),
+        baselines=(
+            _beside(plan, "plain", baselines.plain),
+            _beside(plan, "sqrt", baselines.sqrt),
+            _beside(plan, "every_block", baselines.every_block),
+        ),
+        tightest=_beside(plan, "tightest", plan.front[0]),
+        next_faster=None if next_faster is None else _beside(plan, "next_faster", next_faster),
+        without_limit=_beside(plan, "without_limit", without_limit),
+    )
+
+
+def chosen(plan: Plan) -> Choice:
+    """The plan's own knobs, as one choice among others."""
+    return Choice(
+        micro_batch_size=plan.micro_batch_size,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        precision=plan.precision,
+        zero_stage=plan.zero_stage,
+        checkpoint=plan.checkpoint,
+        prediction=plan.prediction,
+        fits=True,
+    )
+
+
+def budget_for(prediction: Prediction) -> int:
+    """The smallest memory budget, in bytes, that the plan with this prediction fits."""
+    return math.floor(prediction.peak_memory_bytes * (1 + prediction.error.peak_memory_bytes)) + 1
+
+
+def _beside(plan: Plan, name: str, choice: Choice) -> Alternative:
+    prediction, own = choice.prediction, plan.prediction
+    cost = _cost(plan, prediction)
+    knobs = (choice.micro_batch_size, choice.precision, choice.zero_stage, choice.checkpoint)
+    return Alternative(
+        name=name,
+        micro_batch_size=choice.micro_batch_size,
+        gradient_accumulation_steps=choice.gradient_accumulation_steps,
+        precision=choice.precision,
+        segments=len(choice.checkpoint),
+        checkpoint=checkpoint_text(choice.checkpoint),
+        fits=choice.fits,
+        same=knobs == (plan.micro_batch_size, plan.precision, plan.zero_stage, plan.checkpoint),
+        step_seconds=prediction.step_seconds,
+        peak_memory_bytes=prediction.peak_memory_bytes,
+        budget_bytes=budget_for(prediction),
+        cost=cost,
+        relative_step_seconds=prediction.step_seconds / own.step_seconds - 1,
+        relative_peak_memory_bytes=prediction.peak_memory_bytes / own.peak_memory_bytes - 1,
+        relative_cost=cost / plan.objective.cost - 1,
+    )
+
+
+def _cost(plan: Plan, prediction: Prediction) -> float:
+    return objective(prediction, plan.baselines.plain.prediction, plan.objective.weights)
+
+
+def _falling(parts: dict[str, Number]) -> dict[str, Number]:
+    return dict(sorted(parts.items(), key=lambda part: -part[1]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SegmentRun:
+    """Segments alike but for one number in their names that counts upwards: ``h.0.mlp``, ``h.1.mlp``, ``h.2.mlp``."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def span(self) -> str:
+        """From where to where the run goes."""
+        first, last = self.segments[0], self.segments[-1]
+        return first.first if first.first == last.last else f"{first.first} .. {last.last}"
+
+    @property
+    def shape(self) -> str:
+        """How many segments, and what each of them is."""
+        count, first = len(self.segments), self.segments[0]
+        number = "1 segment" if count == 1 else f"{count} segments"
+        if first.first == first.last:
+            return f"{number} of one stage"
+        return number if count == 1 else f"{number}, the first up to {first.last}"
+
+
+def segment_runs(checkpoint: Sequence[Segment]) -> tuple[SegmentRun, ...]:
+    """A plan's segments in as few runs as a person would name, in the order in which each begins."""
+    alike: dict[tuple[str, str], list[list[Segment]]] = {}
+    for segment in checkpoint:
+        runs = alike.setdefault((_pattern(segment.first), _pattern(segment.last)), [])
+        if runs and _continues(runs[-1], segment):
+            runs[-1].append(segment)
+        else:
+            runs.append([segment])
+    position = {segment.first: index for index, segment in enumerate(checkpoint)}
+    found = [SegmentRun(segments=tuple(run)) for runs in alike.values() for run in runs]
+    return tuple(sorted(found, key=lambda run: position[run.segments[0].first]))
+
+
+def checkpoint_text(checkpoint: Sequence[Segment]) -> str:
+    """A plan's segments in one line."""
+    runs = (f"{run.span} ({run.shape})" for run in segment_runs(checkpoint))
+    return "; ".join(runs) or "nothing recomputed"
+
+
+def _continues(run: Sequence[Segment], segment: Segment) -> bool:
+    """Whether exactly one number changes, by one where segments are single stages, else by the run's own step."""
+    step = _step(run[-1], segment)
+    if step is None:
+        return False
+    if len(run) > 1:
+        return step == _step(run[-2], run[-1])
+    return max(step) == 1 or segment.first != segment.last
+
+
+def _step(before: Segment, after: Segment) -> tuple[int, ...] | None:
+    """By how much each number of the first stage's name grows, or None unless one does and no other changes."""
+    steps = tuple(b - a for a, b in zip(_numbers(before.first), _numbers(after.first), strict=True))
+    return steps if sorted(steps)[:-1] == [0] * (len(steps) - 1) and max(steps, default=0) > 0 else None
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", name)]
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageGroup:
+    """Stages with the same name but for numbers, ``transformer.h.*.mlp``, at one precision and micro-batch size.
+
+    Sums over the stages: seconds of one micro-batch (its backward one that adds to gradients), bytes kept for backward.
+    """
+
+    name: str
+    count: int
+    parameter_count: int
+    forward_seconds: float
+    backward_seconds: float
+    kept_bytes: int
+
+
+def stage_groups(profile: Profile, precision: Precision) -> tuple[StageGroup, ...]:
+    """A profile's stages in few rows, at its largest micro-batch size."""
+    measured = profile.at(precision)
+    if measured is None:
+        raise ValueError(f"The profile must hold the precision asked for, got {precision}.")
+    times = measured.wall[-1]
+    groups: dict[str, list[tuple[StageRecord, StageTime, StageMemory]]] = {}
+    for row in zip(profile.stages, times.stages, measured.memory.stages, strict=True):
+        groups.setdefault(_pattern(row[0].name), []).append(row)
+    return tuple(
+        StageGroup(
+            name=pattern if len(rows) > 1 else rows[0][0].name,
+            count=len(rows),
+            parameter_count=sum(stage.parameter_count for stage, _, _ in rows),
+            forward_seconds=sum(time.forward_seconds for _, time, _ in rows),
+            backward_seconds=sum(time.backward_later_seconds for _, time, _ in rows),
+            kept_bytes=sum(bytes_at(memory.hold, times.micro_batch_size) for _, _, memory in rows),
+        )
+        for pattern, rows in groups.items()
+    )

@@ -1,0 +1,25 @@
+"""A chain of small blocks: what profiles and plans of real models have, in a few milliseconds."""
+
+from __future__ import annotations
+
+import torch
+
+from profiler.workload import Workload
+
+WIDTH, BLOCKS, CLASSES = 64, 6, 10
+
+
+def mlp() -> Workload:
+    """Six hidden layers that recomputation can leave out, between an embedding and a head."""
+
+    def block() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.GELU(), torch.nn.LayerNorm(WIDTH))
+
+    def batch(size: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.randn(size, 32, WIDTH), "y": torch.randint(CLASSES, (size,))}
+
+    def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model(batch["x"]).mean(1), batch["y"])
+
+    model = torch.nn.Sequential(*(block() for _ in range(BLOCKS)), torch.nn.Linear(WIDTH, CLASSES))
+    return Workload(model=model, batch=batch, loss=loss)
