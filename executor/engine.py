@@ -20,7 +20,7 @@ from executor.errors import PlanDoesNotFit
 from executor.recompute import Checkpoints, Stretch
 from planner.plan import Plan
 from profiler.chain import Call
-from profiler.step import SILENT, Loss, Stepper, StepObserver, build_scaler
+from profiler.step import SILENT, Loss, StepObserver, Stepper, build_scaler
 from profiler.timing import to_device
 
 

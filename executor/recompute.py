@@ -214,6 +214,7 @@ class _Recorder(TorchFunctionMode):
     def stop(self) -> None:
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._hooks.__exit__(None, None, None)
+        del self._hooks
         torch.set_autocast_cache_enabled(self._cache_was_enabled)
         if self._versions is not None:
             self._owner.note_buffers(self.segment, self._versions)

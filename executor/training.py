@@ -1,7 +1,7 @@
 """Train with a plan: data, schedule, metrics, report.
 
-Learning rate: linear warm-up over the first 5% of the run, then cosine to zero. Metrics go to ``metrics.jsonl`` in the
-output directory, one line a step; the report and the final weights follow at the end.
+Learning rate: linear warm-up over the first 5% of the run, then cosine to zero. Metrics go to ``metrics.jsonl``
+in the output directory, one line a step; the report and the final weights follow at the end.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def train(
 ) -> TrainingReport:
     """Train the plan's model for ``steps`` optimizer steps or ``epochs`` passes over the data.
 
-    ``data`` is a folder of text for language models; without it the built-in workloads use data that every machine
-    has. Raises ValueError for contradictory arguments and bad data, PlanDoesNotFit for another device.
+    ``data`` is a folder of text for language models; without it the built-in workloads use data that every
+    machine has. Raises ValueError for contradictory arguments and bad data, PlanDoesNotFit for another device.
     """
     if steps is not None and epochs is not None:
         raise ValueError("--steps and --epochs contradict each other: give one of them.")
@@ -120,7 +120,7 @@ def warm_up_and_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.op
 def _load(plan: Plan, workload: Workload, data: Path | str | None) -> TrainingData:
     if plan.workload is None:
         raise ValueError(
-            f"The plan for {plan.model} names no workload to load data for. Use executor.prepare in a loop of yours."
+            f"The plan for {plan.model} names no workload to load data for. Use executor.prepare in your own loop."
         )
     return load(plan.workload, workload, None if data is None else Path(data))
 

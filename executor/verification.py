@@ -1,10 +1,10 @@
 """Hold a plan against reality: run it for a few steps and measure what it predicted.
 
-    warm up ─▶ n timed steps, nothing watching ─▶ one step under a meter of live tensor bytes (CPU) or with the
-               allocator's own peak (CUDA)
+    warm up ─▶ n timed steps, nothing watching ─▶ one step under a meter of live tensor bytes (CPU)
+                                                  or with the allocator's own peak (CUDA)
 
-Time on a CPU is read from two clocks: the wall's, which is what one waits for, and the process's own, which does not
-count what others on the machine took.
+Time on a CPU is read from two clocks: the wall's, which is what one waits for, and the process's own, which does
+not count what others on the machine took.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Progress = Callable[[str], None]
 class Verification(Record):
     """What a plan predicted and what was measured; ``relative_error`` is (predicted - measured) / measured.
 
-    ``within``: whether each lies within the error that the plan states. Time counts as within when either clock does.
+    ``within``: whether each lies within the error that the plan states; time when either clock does.
     ``memory_curve`` (CPU): live tensor bytes over one step, as (share of the step's operations, bytes).
     """
 
@@ -131,7 +131,8 @@ def device_of(plan: Plan) -> torch.device:
     """The plan's device, when it is here. Raises PlanDoesNotFit otherwise."""
     if plan.device.kind == "cuda" and not torch.cuda.is_available():
         raise PlanDoesNotFit(
-            f"The plan was made for {plan.device.name}, and this machine has no CUDA device. Profile here, or run it there."
+            f"The plan was made for {plan.device.name}, and this machine has no CUDA device. "
+            "Profile here, or run it there."
         )
     device = torch.device(plan.device.kind)
     here = devices.describe(device)
@@ -216,10 +217,10 @@ class LiveMeter:
         )
         self._live.track(leaf for leaf in tree_leaves(self.micro_batches) if isinstance(leaf, torch.Tensor))
         self._points.clear()
-        self._live.__enter__()
+        self._live.__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exception: object) -> None:
-        self._live.__exit__(None, None, None)
+        self._live.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     @property
     def peak_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """Why a plan is what it is, read from the plan alone.
 
-A memory budget is either slack, and the plan is simply the cheapest there is, or it binds. Then two questions matter,
-and the plan's front answers both: what would a little more memory buy, and how little would still do?
+A memory budget is either slack, and the plan is simply the cheapest there is, or it binds. Then two questions
+matter, and the plan's front answers both: what would a little more memory buy, and how little would still do?
 
     step time
       |  *                    tightest        the smallest budget for which any plan exists
@@ -33,8 +33,8 @@ Number = TypeVar("Number", int, float)
 class Alternative(Record):
     """Another plan beside the chosen one; ``relative_*`` are its value over the chosen plan's, minus one.
 
-    ``budget_bytes`` is the smallest memory budget that lets it in, its stated error included. ``same``: it makes the
-    very choices of the chosen plan.
+    ``budget_bytes`` is the smallest memory budget that lets it in, its stated error included. ``same``: it
+    makes the very choices of the chosen plan.
     """
 
     name: str
@@ -58,8 +58,9 @@ class Explanation(Document, tag="explanation"):
     """What binds a plan, why others lose, and what other budgets would give.
 
     ``headroom_bytes``: what the budget leaves above the predicted peak and its error; None without a budget.
-    ``binding``: whether a plan on the front costs less, which then does not fit. ``next_faster``: the first faster plan
-    on the front that does not fit. The front in a plan is thinned: between two of its points there may be others.
+    ``binding``: whether a plan on the front costs less, which then does not fit. ``next_faster``: the first
+    faster plan on the front that does not fit. The front in a plan is thinned: between two of its points
+    there may be others.
     """
 
     current_version: ClassVar[int] = 1
@@ -162,7 +163,7 @@ def _falling(parts: dict[str, Number]) -> dict[str, Number]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentRun:
-    """Segments alike but for one number in their names that counts upwards: ``h.0.mlp``, ``h.1.mlp``, ``h.2.mlp``."""
+    """Segments alike but for one number in their names that counts upwards: ``h.0.mlp``, ``h.1.mlp``."""
 
     segments: tuple[Segment, ...]
 
@@ -203,7 +204,7 @@ def checkpoint_text(checkpoint: Sequence[Segment]) -> str:
 
 
 def _continues(run: Sequence[Segment], segment: Segment) -> bool:
-    """Whether exactly one number changes, by one where segments are single stages, else by the run's own step."""
+    """Whether one number alone grows: by one for single stages, else by the run's own step."""
     step = _step(run[-1], segment)
     if step is None:
         return False
@@ -213,7 +214,7 @@ def _continues(run: Sequence[Segment], segment: Segment) -> bool:
 
 
 def _step(before: Segment, after: Segment) -> tuple[int, ...] | None:
-    """By how much each number of the first stage's name grows, or None unless one does and no other changes."""
+    """By how much each number of the first stage's name grows; None unless one does and no other changes."""
     steps = tuple(b - a for a, b in zip(_numbers(before.first), _numbers(after.first), strict=True))
     return steps if sorted(steps)[:-1] == [0] * (len(steps) - 1) and max(steps, default=0) > 0 else None
 
@@ -226,11 +227,19 @@ def _pattern(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
+def _group_name(pattern: str, first: str, last: str) -> str:
+    """The pattern, unless it says nothing: for a single stage, and where names are all numbers."""
+    if first == last:
+        return first
+    return pattern if re.search("[a-z]", pattern, re.IGNORECASE) else f"{first} .. {last}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageGroup:
-    """Stages with the same name but for numbers, ``transformer.h.*.mlp``, at one precision and micro-batch size.
+    """Stages alike but for numbers in their names, ``h.*.mlp``, at one precision and micro-batch size.
 
-    Sums over the stages: seconds of one micro-batch (its backward one that adds to gradients), bytes kept for backward.
+    Sums over the stages: seconds of one micro-batch (the backward that adds to gradients), and bytes kept
+    for the backward.
     """
 
     name: str
@@ -252,7 +261,7 @@ def stage_groups(profile: Profile, precision: Precision) -> tuple[StageGroup, ..
         groups.setdefault(_pattern(row[0].name), []).append(row)
     return tuple(
         StageGroup(
-            name=pattern if len(rows) > 1 else rows[0][0].name,
+            name=_group_name(pattern, rows[0][0].name, rows[-1][0].name),
             count=len(rows),
             parameter_count=sum(stage.parameter_count for stage, _, _ in rows),
             forward_seconds=sum(time.forward_seconds for _, time, _ in rows),

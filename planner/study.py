@@ -1,18 +1,22 @@
 """A search as an Optuna study, so that Optuna's dashboard can show it.
 
-The search itself is exact and does not sample; what it leaves behind is a set of plans, and each becomes one trial
-with the predicted step time and peak memory as its two objectives and "fits the budget" as its constraint:
+The search itself is exact and does not sample; what it leaves behind is a set of plans, and each becomes one
+trial with the predicted step time and peak memory as its two objectives and "fits the budget" as its
+constraint:
 
     placement    position   what it is
-    sqrt             -      every sqrt(L) blocks recomputed     \\
-    every_block      -      every block recomputed               |  enqueued first, and taken from the queue:
-    plain            -      nothing recomputed                   |  whoever samples on from here begins with them
-    chosen           -      the plan                            /
+    sqrt             -      every sqrt(L) blocks recomputed
+    every_block      -      every block recomputed
+    plain            -      nothing recomputed
+    chosen           -      the plan
     front          0, 1 ..  the trade-off, by rising peak
 
-A study holds one plan's search: recording it again adds nothing, and what an interrupted recording left out is added.
-The name a study gets by itself ends in the digits of the profile and of the plan, so another budget, other weights or
-other precisions make another study; a name that was given and holds something else is refused.
+The first four are enqueued and taken from the queue, as priors that a sampler would start from.
+
+A study holds one plan's search: recording it again adds nothing, and what an interrupted recording left out
+is added. The name a study gets by itself ends in the digits of the profile and of the plan, so another
+budget, other weights or other precisions make another study; a name that was given and holds something else
+is refused.
 """
 
 from __future__ import annotations

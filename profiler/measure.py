@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+import msgspec
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -66,14 +67,15 @@ def profile(
     wanted = _checked_precisions(precisions)
     target = devices.resolve(device)
     began = time.perf_counter()
-    progress("finding the chain of stages")
-    stages = discover(workload, batch_size=FAKE_BATCH_SIZES[0])
     block_bytes = CUDA_BLOCK_BYTES if target.type == "cuda" else 1
-    tracer = MemoryTracer(workload, stages, optimizer, block_bytes=block_bytes)
     micro_batches = 0
     hopeless: list[HopelessPrecision] = []
     measured: list[PrecisionProfile] = []
     with on_device(workload, target) as placed:
+        progress("finding the chain of stages")
+        stages = discover(placed, batch_size=FAKE_BATCH_SIZES[0])
+        tracer = MemoryTracer(placed, stages, optimizer, device_type=target.type, block_bytes=block_bytes)
+        unseen = _unseen_bytes(placed, tracer, optimizer, sizes[0], target)
         for precision in wanted:
             progress(f"{precision}: tracing memory")
             if precision != "fp32":
@@ -84,7 +86,7 @@ def profile(
                     hopeless.append(HopelessPrecision(precision=precision, slowdown=error.slowdown))
                     progress(f"{precision}: {error.slowdown:.1f} times slower than fp32 here, left out")
                     continue
-            memory = tracer.memory(precision, FAKE_BATCH_SIZES)
+            memory = msgspec.structs.replace(tracer.memory(precision, FAKE_BATCH_SIZES), other_bytes=unseen)
             timings: list[Timing] = []
             for size in sizes:
                 progress(f"{precision}: timing micro-batch {size}")
@@ -110,7 +112,7 @@ def profile(
                 )
             )
         progress("measuring one real step's peak memory")
-        check = _check_memory(placed, tracer, optimizer, sizes[0], target)
+        check = _check_memory(placed, tracer, optimizer, sizes, unseen, target)
         micro_batches += 2 * MICRO_BATCHES_PER_STEP
     allowed = recomputable_stages(stages)
     return Profile(
@@ -150,16 +152,32 @@ def _checked_precisions(precisions: Sequence[Precision]) -> tuple[Precision, ...
     return tuple(p for p in PRECISIONS if p in precisions or p == "fp32")
 
 
-def _check_memory(
+def _unseen_bytes(
     workload: Workload, tracer: MemoryTracer, optimizer: str, micro_batch_size: int, device: torch.device
+) -> int:
+    """What the allocator holds for kernels' workspaces, which no fake step shows: measured on CUDA, none on a CPU."""
+    if device.type != "cuda":
+        return 0
+    measured, _ = measure_peak(workload, optimizer, "fp32", micro_batch_size, device)
+    return max(0, measured - tracer.plain_peak_bytes("fp32", micro_batch_size))
+
+
+def _check_memory(
+    workload: Workload,
+    tracer: MemoryTracer,
+    optimizer: str,
+    sizes: Sequence[int],
+    unseen_bytes: int,
+    device: torch.device,
 ) -> MemoryCheck:
-    """A real plain step in fp32 against a fake one of the same size."""
-    measured, reserved = measure_peak(workload, optimizer, "fp32", micro_batch_size, device)
+    """A real plain step in fp32 beside a fake one; on CUDA at the largest size, the smallest told the workspaces."""
+    size = sizes[-1] if device.type == "cuda" else sizes[0]
+    measured, reserved = measure_peak(workload, optimizer, "fp32", size, device)
     return MemoryCheck(
         precision="fp32",
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=size,
         gradient_accumulation_steps=MICRO_BATCHES_PER_STEP,
-        predicted_bytes=tracer.plain_peak_bytes("fp32", micro_batch_size),
+        predicted_bytes=tracer.plain_peak_bytes("fp32", size) + unseen_bytes,
         measured_bytes=measured,
         measured_reserved_bytes=reserved,
     )

@@ -129,11 +129,18 @@ class MemoryTracer:
     """Runs fake steps of one workload and turns them into curves."""
 
     def __init__(
-        self, workload: Workload, stages: Sequence[Stage], optimizer: str, block_bytes: int = 1
+        self,
+        workload: Workload,
+        stages: Sequence[Stage],
+        optimizer: str,
+        *,
+        device_type: str = "cpu",
+        block_bytes: int = 1,
     ) -> None:
         self._workload = workload
         self._stages = stages
         self._optimizer = optimizer
+        self._device_type = device_type
         self._block_bytes = block_bytes
 
     def memory(self, precision: Precision, batch_sizes: tuple[int, int]) -> PrecisionMemory:
@@ -209,7 +216,7 @@ class MemoryTracer:
                 loss=self._workload.loss,
                 optimizer=optimizer,
                 precision=precision,
-                device_type="cpu",
+                device_type=self._device_type,
                 scaler=None,
             )
             before = live.live_bytes

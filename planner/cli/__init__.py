@@ -1,20 +1,22 @@
 """The command line: ``planner profile | optimize | explain | verify | train | dashboard``.
 
-A command parses its flags, calls the library, and prints; it imports what it needs when it runs, so that help comes at
-once. What was asked for goes to stdout, everything else to stderr, and the exit code says how it ended:
+A command parses its flags, calls the library, and prints; it imports what it needs when it runs, so that help
+comes at once. What was asked for goes to stdout, everything else to stderr, and the exit code says how it
+ended:
 
     0    done
     1    a bug: its traceback is shown
-    2    bad usage or bad input, in one line that names the flag or file, the rule, the facts and the way out
+    2    bad usage or bad input: one line names the flag or file, the rule, the facts and the way out
     3    no plan fits the memory budget
-    4    the profile or plan does not fit what is asked of it: another device or model, a precision not profiled
+    4    the profile or plan is for something else: another device or model, a precision not profiled
     5    verification failed
     130  interrupted
 
-Our own refusals are ValueErrors, and a bug may end in a ValueError too. What tells them apart is where it comes from:
-a refusal is a ``raise`` statement in a module of ours, while a bug's comes out of a call, an unpacking or a conversion.
-So one line and exit code 2 are for ValueErrors that our own code says in so many words; any other shows its traceback.
-That includes a workload of the user's that raises while it runs: its traceback is what the user needs.
+Our own refusals are ValueErrors, and a bug may end in a ValueError too. What tells them apart is where it
+comes from: a refusal is a ``raise`` statement in a module of ours, while a bug's comes out of a call, an
+unpacking or a conversion. So one line and exit code 2 are for ValueErrors that our own code says in so many
+words; any other shows its traceback. That includes a workload of the user's that raises while it runs: its
+traceback is what the user needs.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="planner",
-        description="Profiles a PyTorch model, finds the cheapest training plan that fits in memory, trains with it.",
+        description="Profiles a PyTorch model, finds the cheapest training plan that fits, trains with it.",
         epilog="planner COMMAND --help tells more. Start with: planner profile gpt2",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -1,6 +1,7 @@
 """What the flags accept: sizes, lists, counts, files.
 
-Each function turns the words of one flag into a value, or says what the flag takes and what was given instead.
+Each function turns the words of one flag into a value, or says what the flag takes and what was given
+instead.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def size(text: str) -> int:
     if match is None or unit not in UNITS:
         way_out = f" Is it {text}iB (1024) or {text}B (1000)?" if unit in "kmgt" and unit else ""
         raise argparse.ArgumentTypeError(
-            f"a size is a number with a unit such as 8GiB, 8GB or 512MiB, or plain bytes, got {text!r}.{way_out}"
+            f"a size is a number with a unit, such as 8GiB or 8GB, or plain bytes, got {text!r}.{way_out}"
         )
     found = int(Decimal(match[1]) * UNITS[unit])
     if found < 1:

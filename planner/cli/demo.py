@@ -115,11 +115,9 @@ def _table(plain: dict[str, Any], best: dict[str, Any]) -> str:
             f"{title}: micro-batch {b} x {k} accumulation steps, {document['precision']}, "
             + (f"{len(segments)} recomputed segments" if segments else "nothing recomputed")
         )
-    fits = best["measured"]["peak_memory_bytes"] <= BUDGET_BYTES
-    plain_fits = plain["measured"]["peak_memory_bytes"] <= BUDGET_BYTES
-    lines.append(
-        f"budget {BUDGET}: the plain baseline {'fits' if plain_fits else 'does not fit'}, the plan {'fits' if fits else 'DOES NOT FIT'}."
-    )
+    said = ["fits" if document["measured"]["peak_memory_bytes"] <= BUDGET_BYTES else "does not fit"
+            for document in (plain, best)]  # fmt: skip
+    lines.append(f"budget {BUDGET}: the plain baseline {said[0]}, the plan {said[1]}.")
     return "\n".join(lines)
 
 

@@ -48,9 +48,9 @@ def show(why: Explanation) -> None:
     out.print(heading("Where the time goes"))
     seconds = sum(why.step_parts.values())
     times = table("work", "per step", "share", right=("per step", "share"))
-    for name, value in why.step_parts.items():
-        if value >= NEGLIGIBLE * seconds:
-            times.add_row(name, of_seconds(value), f"{value / seconds:.0%}")
+    for work, spent in why.step_parts.items():
+        if spent >= NEGLIGIBLE * seconds:
+            times.add_row(work, of_seconds(spent), f"{spent / seconds:.0%}")
     out.print(times)
     out.print()
     out.print(heading("Why not by hand"))
@@ -103,9 +103,9 @@ def _at_budget(other: Alternative, why: Explanation) -> str:
         return f"this very plan, from {of_bytes(other.budget_bytes)} on ({other.budget_bytes} bytes)"
     beyond = other.budget_bytes - (why.memory_budget_bytes or other.budget_bytes)
     more = f", {of_bytes(beyond)} more than now" if beyond > 0 else ""
-    recomputed = f"{other.segments} segments recomputed" if other.segments else "nothing recomputed"
+    counted = "1 segment" if other.segments == 1 else f"{other.segments or 'no'} segments"
     return (
         f"{of_seconds(other.step_seconds)} a step, {_speed(other)}; {other.precision}, "
-        f"micro-batch {other.micro_batch_size}, {recomputed}\n"
+        f"micro-batch {other.micro_batch_size}, {counted}\n"
         f"from {of_bytes(other.budget_bytes)} on ({other.budget_bytes} bytes{more})"
     )

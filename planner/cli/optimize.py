@@ -1,6 +1,7 @@
 """Find the cheapest plan that fits, and write it.
 
-Every plan of the space is considered; the answer comes with the proof that no other is cheaper under the model.
+Every plan of the space is considered; the answer comes with the proof that no other is cheaper under the
+model.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage",
         metavar="URL",
-        help="where the study goes: journal:FILE, sqlite:///FILE, or none (default: a journal in $PLANNER_HOME)",
+        help="where the study goes: journal:FILE, sqlite:///FILE or none (default: a journal of the user's)",
     )
     parser.add_argument(
         "--study-name", metavar="NAME", help="default: made of model, device, batch and budget"

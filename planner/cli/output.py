@@ -1,7 +1,8 @@
 """How commands speak: one manner for numbers, tables and progress.
 
-Sizes are binary, MiB and GiB; times take the unit that keeps them short. Tables have no lines but one under their
-heading. On a terminal progress is one line that moves; elsewhere it is a line per message, on stderr either way.
+Sizes are binary, MiB and GiB; times take the unit that keeps them short. Tables have no lines but one under
+their heading. On a terminal progress is one line that moves; elsewhere it is a line per message, on stderr
+either way.
 """
 
 from __future__ import annotations

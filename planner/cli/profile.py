@@ -1,11 +1,13 @@
 """Measure a model on this machine and write its profile.
 
-The profile holds what planning needs: memory curves and times of every stage, per precision and micro-batch size.
+The profile holds what planning needs: memory curves and times of every stage, per precision and micro-batch
+size.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,7 +95,7 @@ def show(profile: Profile, path: Path) -> None:
 
     out = console()
     device, check, largest = profile.device, profile.memory_check, profile.micro_batch_sizes[-1]
-    threads = f", {device.threads} threads" if device.threads else ""
+    threads = "" if device.threads is None else f", {device.threads} thread{'s' * (device.threads > 1)}"
     out.print(heading(f"{profile.model} on {device.name}{threads}"))
     out.print(
         f"{of_count(profile.parameter_count)} parameters in {len(profile.stages)} stages, {profile.optimizer}"
@@ -132,13 +134,18 @@ def show(profile: Profile, path: Path) -> None:
     off = check.predicted_bytes / check.measured_bytes - 1
     took = f"{of_seconds(profile.cost.seconds)}, {profile.cost.micro_batches_run} micro-batches run"
     predicted, real = of_bytes(check.predicted_bytes), of_bytes(check.measured_bytes)
+    # What the smallest micro-batch needs and a tenth more: some plan fits, and it has to try.
+    budget = math.ceil(1.1 * check.measured_bytes / 2**20)
     out.print(
         facts(
             [
                 ("memory check", f"predicted {predicted}, a real step needed {real}: off by {abs(off):.2%}"),
                 ("took", took),
                 ("written to", str(path)),
-                ("next", f"planner optimize {path} --global-batch-size {8 * largest} --memory-budget 8GiB"),
+                (
+                    "next",
+                    f"planner optimize {path} --global-batch-size {8 * largest} --memory-budget {budget}MiB",
+                ),
             ]
         )
     )

@@ -10,7 +10,7 @@ WIDTH, BLOCKS, CLASSES = 64, 6, 10
 
 
 def mlp() -> Workload:
-    """Six hidden layers that recomputation can leave out, between an embedding and a head."""
+    """Six blocks that recomputation can leave out, and a head that averages over the sequence."""
 
     def block() -> torch.nn.Module:
         return torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.GELU(), torch.nn.LayerNorm(WIDTH))
@@ -21,5 +21,7 @@ def mlp() -> Workload:
     def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(model(batch["x"]).mean(1), batch["y"])
 
-    model = torch.nn.Sequential(*(block() for _ in range(BLOCKS)), torch.nn.Linear(WIDTH, CLASSES))
+    model = torch.nn.Sequential()
+    model.add_module("h", torch.nn.Sequential(*(block() for _ in range(BLOCKS))))
+    model.add_module("head", torch.nn.Linear(WIDTH, CLASSES))
     return Workload(model=model, batch=batch, loss=loss)
