@@ -120,8 +120,13 @@ class Checkpoints:
             recorder.stop()
             self.counts[recorder.segment][0] += 1
 
-    def buffers(self) -> list[torch.Tensor]:
-        return list(self._model.buffers())
+    def buffer_versions(self) -> list[tuple[int, ...]]:
+        """How often each buffer was written, module by module."""
+        return [tuple(buffer._version for buffer in own) for own in self._buffers()]
+
+    def _buffers(self) -> list[tuple[torch.Tensor, ...]]:
+        modules = self._model.modules()
+        return [own for module in modules if (own := tuple(module.buffers(recurse=False)))]
 
     @contextlib.contextmanager
     def replaying(self, segment: int) -> Iterator[None]:
@@ -138,12 +143,14 @@ class Checkpoints:
                 for buffer, value in zip(changed, before, strict=True):
                     buffer.copy_(value)
 
-    def note_buffers(self, segment: int, versions: list[int]) -> None:
+    def note_buffers(self, segment: int, versions: list[tuple[int, ...]]) -> None:
+        """All buffers of every module that wrote one: batch norm's kernels count only its counter as written."""
         if segment not in self._changed_buffers:
             self._changed_buffers[segment] = [
                 buffer
-                for buffer, version in zip(self.buffers(), versions, strict=True)
-                if buffer._version != version
+                for own, now, before in zip(self._buffers(), self.buffer_versions(), versions, strict=True)
+                if now != before
+                for buffer in own
             ]
 
     def knows_buffers(self, segment: int) -> bool:
@@ -189,7 +196,7 @@ class _Recorder(TorchFunctionMode):
         self.depth = 0
         self._owner = owner
         self._calls: list[_Recorded] = []
-        self._slots: dict[int, tuple[Any, int]] = {}
+        self._slots: dict[int, tuple[Any, int, bool]] = {}
         self._slot_count = 0
         self._holders: list[weakref.ref[_Holder]] = []
         self._inside: nn.Module | None = None
@@ -202,9 +209,7 @@ class _Recorder(TorchFunctionMode):
         self._autocast = _Autocast.capture()
         self._cache_was_enabled = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
-        self._versions = (
-            None if self._owner.knows_buffers(self.segment) else [b._version for b in self._owner.buffers()]
-        )
+        self._versions = None if self._owner.knows_buffers(self.segment) else self._owner.buffer_versions()
         marker = torch.empty((), requires_grad=True).view(())
         self._first_node = _sequence_number(marker)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
@@ -267,12 +272,14 @@ class _Recorder(TorchFunctionMode):
             self._slot_count += 1
             recorded.outputs.append(index)
             reference = weakref.ref(leaf) if isinstance(leaf, torch.Tensor) else (lambda leaf=leaf: leaf)
-            self._slots[id(leaf)] = (reference, index)
+            self._slots[id(leaf)] = (reference, index, _is_made_by_custom_function(leaf))
         self._calls.append(recorded)
 
     def _refer(self, leaf: Any) -> Any:
         known = self._slots.get(id(leaf))
         if known is not None and known[0]() is leaf:
+            if _is_made_by_custom_function(leaf) and not known[2]:
+                raise _outside_of_any_module(leaf)
             return _Slot(known[1])
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad and not leaf.is_leaf:
             self._check_input(leaf)
@@ -282,11 +289,7 @@ class _Recorder(TorchFunctionMode):
         if id(tensor) in self._input_ids:
             return
         if _sequence_number(tensor) > self._first_node:
-            raise SegmentError(
-                f"A recomputed segment made a tensor by {type(tensor.grad_fn).__name__} outside of any "
-                "module, which cannot be replayed. Put that call into a module of its own, or leave this "
-                "stage out of segments."
-            )
+            raise _outside_of_any_module(tensor)
         self._input_ids.add(id(tensor))
         self._inputs.append((tensor, tensor._version))
 
@@ -367,6 +370,19 @@ def _run(calls: list[_Recorded]) -> None:
 def _is_plain(leaf: Any) -> bool:
     return leaf is None or isinstance(
         leaf, bool | int | float | str | torch.dtype | torch.device | torch.Size
+    )
+
+
+def _is_made_by_custom_function(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and isinstance(
+        leaf.grad_fn, torch.autograd.function.BackwardCFunction
+    )
+
+
+def _outside_of_any_module(tensor: torch.Tensor) -> SegmentError:
+    return SegmentError(
+        f"A recomputed segment made a tensor by {type(tensor.grad_fn).__name__} outside of any module, which "
+        "cannot be replayed. Put that call into a module of its own, or leave this stage out of segments."
     )
 
 

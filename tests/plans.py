@@ -1,9 +1,9 @@
 """A plan made by hand, in bytes and seconds that fit in the head.
 
-    peak, bytes    300   400   500   600   800   1000      each needs a tenth more, the stated error
-    step, seconds   15    14    13    12    11     10
-                         sqrt  every  the         plain
-                               block  plan
+peak, bytes    300   400   500   600   800   1000      each needs a tenth more, the stated error
+step, seconds   15    14    13    12    11     10
+                     sqrt  every  the         plain
+                           block  plan
 """
 
 from __future__ import annotations
@@ -96,8 +96,15 @@ def plan(budget_bytes: int | None = 700) -> Plan:
 def with_weights(time: float, memory: float) -> Plan:
     """The plan for 700 bytes when memory counts as well; the plain plan costs ``time + memory``."""
     made = plan()
-    cost = time * 1.2 + memory * 0.6
+
+    def cost(point: Choice) -> float:
+        prediction = point.prediction
+        return time * prediction.step_seconds / 10 + memory * prediction.peak_memory_bytes / 1000
+
+    best = min((point for point in made.front if point.fits), key=cost)
     weighed = msgspec.structs.replace(
-        made.objective, cost=cost, lower_bound=cost, weights=Weights(time=time, memory=memory)
+        made.objective, cost=cost(best), lower_bound=cost(best), weights=Weights(time=time, memory=memory)
     )
-    return msgspec.structs.replace(made, objective=weighed)
+    return msgspec.structs.replace(
+        made, objective=weighed, checkpoint=best.checkpoint, prediction=best.prediction
+    )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import planner
-from planner.explain import budget_for, checkpoint_text, explain, segment_runs, stage_groups
+from planner.explain import as_plan, budget_for, checkpoint_text, explain, segment_runs, stage_groups
 from profiler import records
 from profiler.profile_record import Profile
 from tests.plans import plan, segment, with_weights
@@ -53,11 +54,28 @@ def test_costs_are_those_of_the_plans_own_weights() -> None:
     assert why.baselines[1].relative_cost == pytest.approx(1.6 / 1.5 - 1)  # the plan: 12/10 + 0.5 * 600/1000
 
 
-def test_where_memory_counts_most_the_chosen_plan_may_be_the_best_without_a_limit() -> None:
-    why = explain(with_weights(time=1, memory=1))
-    # The plan costs 1.2 + 0.6, the tightest 1.5 + 0.3: the same, and the chosen one is named first.
+def test_the_chosen_plan_counts_where_the_front_in_the_file_leaves_it_out() -> None:
+    made = with_weights(time=1, memory=0.8)
+    ends = msgspec.structs.replace(made, front=(made.front[0], made.front[-1]))
+    why = explain(ends)
+    # It costs 1.2 + 0.48 = 1.68; the ends of the front 1.5 + 0.24 and 1 + 0.8.
     assert why.without_limit.same
     assert not why.binding
+
+
+def test_a_faster_plan_that_fits_is_not_what_more_memory_buys() -> None:
+    why = explain(with_weights(time=1, memory=2))
+    # The tightest is chosen, for 1.5 + 0.6; the next faster takes 12 s and fits, the one of 11 s does not.
+    assert why.tightest.same
+    assert why.next_faster is not None
+    assert why.next_faster.step_seconds == 11
+
+
+def test_a_baseline_can_take_the_place_of_the_plan() -> None:
+    made = as_plan(plan(700), plan(700).baselines.plain)
+    assert (made.checkpoint, made.prediction.step_seconds) == ((), 10)
+    assert (made.objective.cost, made.objective.optimal) == (1.0, False)
+    assert made.memory_budget_bytes is None
 
 
 def test_the_tightest_the_next_and_the_last_plan_of_the_front_show_what_memory_buys() -> None:
@@ -90,6 +108,10 @@ def test_the_tightest_budget_is_feasible_and_two_bytes_less_are_not(gpt2: Profil
         (
             tuple(segment(f"h.{i}.mlp") for i in (0, 1, 3)),
             "h.0.mlp .. h.1.mlp (2 segments of one stage); h.3.mlp (1 segment of one stage)",
+        ),
+        (
+            (segment("h.0"), segment("h.2")),
+            "h.0 (1 segment of one stage); h.2 (1 segment of one stage)",
         ),
         (
             tuple(segment(f"h.{i}.attn", f"h.{i + 2}.mlp") for i in (0, 3, 6)),

@@ -122,8 +122,15 @@ def test_a_given_name_that_holds_other_trials_is_refused(storage_url: str) -> No
         record(plan(), storage_url, "mine")
 
 
-def test_recording_says_nothing(storage_url: str, capfd: pytest.CaptureFixture[str]) -> None:
-    level = optuna.logging.get_verbosity()
-    record(plan(), storage_url)
+def test_recording_says_nothing_and_leaves_optunas_voice_as_it_was(
+    storage_url: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    optuna.logging.enable_propagation()
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+    try:
+        record(plan(), storage_url)
+        assert optuna.logging.get_verbosity() == optuna.logging.INFO
+    finally:
+        optuna.logging.disable_propagation()
+    assert caplog.records == []
     assert capfd.readouterr() == ("", "")
-    assert optuna.logging.get_verbosity() == level

@@ -49,9 +49,6 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = _parser().parse_args(argv)
-    # A workload package.module:function may lie where the user stands.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
@@ -72,16 +69,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    names = [module.__name__.rpartition(".")[2] for module in COMMANDS]
+    summaries = [(module.__doc__ or "").partition("\n")[0] for module in COMMANDS]
+    listed = "\n".join(f"  {name:11}{summary}" for name, summary in zip(names, summaries, strict=True))
     parser = _Parser(
         prog="planner",
-        description="Profiles a PyTorch model, finds the cheapest training plan that fits, trains with it.",
-        epilog="planner COMMAND --help tells more. Start with: planner profile gpt2",
+        description=f"Profiles a PyTorch model, finds the cheapest plan that fits, trains with it.\n\n{listed}",
+        epilog="Start with: planner profile gpt2",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in COMMANDS:
-        name = module.__name__.rpartition(".")[2]
-        summary = (module.__doc__ or "").partition("\n")[0].rstrip(".")
-        command = commands.add_parser(name, help=summary[0].lower() + summary[1:], description=f"{summary}.")
+    commands = parser.add_subparsers(
+        metavar="COMMAND", required=True, help="planner COMMAND --help tells what it takes"
+    )
+    for name, summary, module in zip(names, summaries, COMMANDS, strict=True):
+        command = commands.add_parser(name, description=summary)
         module.add_arguments(command)
         command.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
         command.set_defaults(run=module.run)

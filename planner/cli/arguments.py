@@ -23,7 +23,7 @@ UNITS = {"": 1, "b": 1} | {
 
 def size(text: str) -> int:
     """``8GiB``, ``8GB``, ``1.5GiB`` or plain bytes, as bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
     unit = match[2].lower() if match else ""
     if match is None or unit not in UNITS:
         way_out = f" Is it {text}iB (1024) or {text}B (1000)?" if unit in "kmgt" and unit else ""

@@ -24,12 +24,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", metavar="N", type=arguments.count, default=5, help="optimizer steps to time (default: 5)"
     )
+    parser.add_argument(
+        "--baseline",
+        choices=("plain", "sqrt", "every_block"),
+        help="run this baseline of the plan instead: what one would do by hand",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from planner.plan import load_plan
 
     plan = load_plan(args.plan)
+    if args.baseline is not None:
+        from planner.explain import as_plan
+
+        plan = as_plan(plan, getattr(plan.baselines, args.baseline))
     from planner.cli.output import progress
 
     with progress() as tell:
@@ -51,7 +60,8 @@ def _document(plan: Plan, found: Verification) -> dict[str, object]:
 
     whole: dict[str, object] = msgspec.to_builtins(plan)
     measured: dict[str, object] = msgspec.to_builtins(found.measured)
-    verdict = {"relative_error": found.relative_error, "within": found.within, "passed": found.passed}
+    of_verification: dict[str, object] = msgspec.to_builtins(found)
+    verdict = {name: of_verification[name] for name in ("relative_error", "within", "passed", "memory_curve")}
     return whole | {"measured": measured | verdict}
 
 

@@ -25,3 +25,12 @@ def mlp() -> Workload:
     model.add_module("h", torch.nn.Sequential(*(block() for _ in range(BLOCKS))))
     model.add_module("head", torch.nn.Linear(WIDTH, CLASSES))
     return Workload(model=model, batch=batch, loss=loss)
+
+
+def bad_batch() -> Workload:
+    """A workload with a bug of its user's in it."""
+
+    def batch(size: int) -> dict[str, torch.Tensor]:
+        raise ValueError("my own mistake")
+
+    return Workload(model=torch.nn.Linear(4, 2), batch=batch, loss=lambda model, batch: model(batch).sum())
