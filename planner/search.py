@@ -264,7 +264,8 @@ def _baselines(
         return _describe(profile, measured, b, global_batch_size // b, segments, limit)
 
     spans = blocks(profile)
-    sqrt = tuple((spans[i][0], spans[j - 1][1]) for i, j in sqrt_segments(len(spans)))
+    grouped = sqrt_segments(len(spans)) if spans else ()
+    sqrt = tuple((spans[i][0], spans[j - 1][1]) for i, j in grouped)
     return Baselines(plain=baseline(()), sqrt=baseline(sqrt), every_block=baseline(tuple(spans)))
 
 

@@ -38,7 +38,9 @@ def main() -> int:
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--micro-batch-sizes", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--global-batch-size", type=int, default=32)
-    parser.add_argument("--budget-share", type=float, default=0.5, help="0: tightest plan's peak, 1: plain fp32's")
+    parser.add_argument(
+        "--budget-share", type=float, default=0.5, help="0: tightest plan's peak, 1: plain fp32's"
+    )
     parser.add_argument("--device", default="cuda", help="cpu tries the script where there is no GPU")
     parser.add_argument("--steps", type=int, default=10)
     options = parser.parse_args()

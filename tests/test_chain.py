@@ -98,9 +98,7 @@ def test_a_call_is_written_as_it_is_read(text: str) -> None:
 
 
 def test_glue_between_modules_belongs_to_the_stage_before() -> None:
-    model = Chained(
-        lambda m, x: m.b(F.relu(F.relu(m.a(x)) + 1)), a=nn.Linear(4, 4), b=nn.Linear(4, 5)
-    )
+    model = Chained(lambda m, x: m.b(F.relu(F.relu(m.a(x)) + 1)), a=nn.Linear(4, 4), b=nn.Linear(4, 5))
     assert cuts(classifier(model, 4)) == [("a", ""), ("b", "b")]
 
 

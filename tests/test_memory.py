@@ -75,7 +75,7 @@ def test_the_plain_plan_is_predicted_to_the_byte(
     assert executed(name, setting, fake=True) - predicted in (0, LOSS_BYTES)
 
 
-SLACK_BYTES = 512
+SLACK_BYTES = 1024
 """Real kernels keep statistics in other types than fake ones, and replays keep copies of batch norm's: a few
 numbers per channel, which only such small models notice."""
 
@@ -101,9 +101,7 @@ def executed(name: str, setting: Setting, *, fake: bool) -> int:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("size", [2, 5])
 def test_curves_say_of_a_plain_step_what_reading_its_trace_says(precision: Precision, size: int) -> None:
-    setting = Setting(
-        segments=(), micro_batch_size=size, gradient_accumulation_steps=2, precision=precision
-    )
+    setting = Setting(segments=(), micro_batch_size=size, gradient_accumulation_steps=2, precision=precision)
     read = traced("gpt2")[2].plain_peak_bytes(precision, size)
     assert read - predicted_peak_bytes(curves("gpt2", precision), setting) in (0, LOSS_BYTES)
 

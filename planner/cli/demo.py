@@ -32,7 +32,7 @@ def main() -> int:
     try:
         _planner("profile", MODEL, "--seq-len", "256", "--batch", "1,2", "--steps", "3", "-o", str(profile))
         _planner(
-            "optimize", str(profile), "--global-batch-size", "8", "--memory-budget", BUDGET, "-o", str(plan)
+            "optimize", str(profile), "--global-batch-size", "4", "--memory-budget", BUDGET, "-o", str(plan)
         )
         plain = _measure("verify", str(plan), "--baseline", "plain", "--steps", "2")
         best = _measure("verify", str(plan), "--steps", "2")
@@ -44,7 +44,7 @@ def main() -> int:
         _course("plain baseline, measured", plain),
         _course("plan, measured", best),
         BUDGET_BYTES,
-        f"GPT-2 small, sequence 256, global batch 8, {best['device']['name']}",
+        f"GPT-2 small, sequence 256, global batch 4, {best['device']['name']}",
         picture,
     )
     table = _table(plain, best)
