@@ -35,7 +35,7 @@ def predict(
         cpu_seconds = sum(step_parts(at_micro_batch(measured.process_cpu, b), k, segments).values())
     peak = peak_window(
         timeline(
-            measured.memory, segments, micro_batch_size=b, gradient_accumulation_steps=k,
+            measured.memory_at(b), segments, micro_batch_size=b, gradient_accumulation_steps=k,
             resident_batches=resident_batches(profile, k),
         )
     )  # fmt: skip
@@ -76,7 +76,7 @@ def _reserved(profile: Profile, peak_bytes: int) -> int | None:
 def _memory_parts(
     measured: PrecisionProfile, peak: MemoryWindow, b: int, profile: Profile, k: int
 ) -> dict[str, int]:
-    memory = measured.memory
+    memory = measured.memory_at(b)
     fixed = memory.parameter_bytes + memory.buffer_bytes + memory.optimizer_state_bytes
     return {
         "parameters": memory.parameter_bytes,

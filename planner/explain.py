@@ -277,7 +277,9 @@ def stage_groups(profile: Profile, precision: Precision) -> tuple[StageGroup, ..
         raise ValueError(f"The profile must hold the precision asked for, got {precision}.")
     times = measured.wall[-1]
     groups: dict[str, list[tuple[StageRecord, StageTime, StageMemory]]] = {}
-    for row in zip(profile.stages, times.stages, measured.memory.stages, strict=True):
+    for row in zip(
+        profile.stages, times.stages, measured.memory_at(times.micro_batch_size).stages, strict=True
+    ):
         groups.setdefault(_pattern(row[0].name), []).append(row)
     return tuple(
         StageGroup(

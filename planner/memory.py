@@ -57,6 +57,8 @@ class _Sizes:
     gradient: list[int]
     forward: list[int]
     recompute: list[int]
+    rebuild_first: list[int]
+    rebuild_single: list[int]
     dropped: list[int]
     dropped_first: list[int]
     backward_first: list[int]
@@ -75,12 +77,20 @@ class _Sizes:
             gradient=[bytes_at(s.gradient, b) for s in stages],
             forward=[peak_at(s.forward, b) for s in stages],
             recompute=[peak_at(s.recompute, b) for s in stages],
+            rebuild_first=[peak_at(s.rebuild_first, b) for s in stages],
+            rebuild_single=[peak_at(s.rebuild_single, b) for s in stages],
             dropped=[peak_at(s.dropped, b) for s in stages],
             dropped_first=[peak_at(s.dropped_first, b) for s in stages],
             backward_first=[peak_at(s.backward_first, b) for s in stages],
             backward_later=[peak_at(s.backward_later, b) for s in stages],
             optimizer=peak_at(memory.optimizer, b),
         )
+
+    def rebuilt(self, stage: int, start: int, stop: int) -> int:
+        """The highest point of a stage's replay in the segment [start, stop)."""
+        if stage == start:
+            return self.rebuild_single[stage] if stage == stop - 1 else self.rebuild_first[stage]
+        return self.recompute[stage] if stage == stop - 1 else self.forward[stage]
 
 
 def constant_bytes(memory: PrecisionMemory, micro_batch_size: int, resident_batches: int) -> int:
@@ -145,7 +155,7 @@ def timeline(
                         yield MemoryWindow(
                             phase="recompute", micro_batch=micro_batch, stage=s, constant_bytes=constant,
                             held_bytes=before + inner + sizes.carry[stop - 1], gradient_bytes=own_gradients,
-                            own_bytes=sizes.recompute[s] if s == stop - 1 else sizes.forward[s],
+                            own_bytes=sizes.rebuilt(s, start, stop),
                         )  # fmt: skip
                 held = before + sum(sizes.hold[start:t])
             else:
@@ -225,8 +235,10 @@ def plan_units(
         forward_need = np.maximum.accumulate(forward_need) + standing
         inner = held[span] - held[i]
         tape = np.where(np.arange(stop - i) > 0, 0 if sizes.saves_input[i] else sizes.input[i], 0)
-        whole = np.concatenate([[lowest], np.maximum.accumulate(forward[span] + inner + tape)[:-1]])
-        rebuilt = np.maximum(whole, recompute[span] + inner + tape) + carry[span] + at_recompute[ends]
+        not_last, as_last = forward[span].copy(), recompute[span].copy()
+        not_last[0], as_last[0] = sizes.rebuild_first[i], sizes.rebuild_single[i]
+        whole = np.concatenate([[lowest], np.maximum.accumulate(not_last + inner + tape)[:-1]])
+        rebuilt = np.maximum(whole, as_last + inner + tape) + carry[span] + at_recompute[ends]
         backward_need = np.maximum.accumulate(backward[span] + inner)
         dropped_total = dropped_held[ends] - dropped_held[i]
         need[i, ends] = constant + np.maximum(

@@ -211,8 +211,9 @@ def _limit(profile: Profile, memory_budget_bytes: int | None) -> float:
 def _candidate(profile: Profile, measured: PrecisionProfile, b: int, k: int) -> _Candidate:
     times = at_micro_batch(measured.wall, b)
     resident = resident_batches(profile, k)
+    memory = measured.memory_at(b)
     units = plan_units(
-        measured.memory,
+        memory,
         micro_batch_size=b,
         gradient_accumulation_steps=k,
         resident_batches=resident,
@@ -225,7 +226,7 @@ def _candidate(profile: Profile, measured: PrecisionProfile, b: int, k: int) -> 
         micro_batch_size=b,
         gradient_accumulation_steps=k,
         base_seconds=sum(step_parts(times, k, ()).values()),
-        floor_bytes=optimizer_peak_bytes(measured.memory, b, resident),
+        floor_bytes=optimizer_peak_bytes(memory, b, resident),
         frontier=pareto(units),
     )
 

@@ -87,6 +87,7 @@ def profile(
                     progress(f"{precision}: {error.slowdown:.1f} times slower than fp32 here, left out")
                     continue
             memory = msgspec.structs.replace(tracer.memory(precision, FAKE_BATCH_SIZES), other_bytes=unseen)
+            at_one = tracer.memory(precision, (1, 1)) if sizes[0] == 1 else None
             timings: list[Timing] = []
             for size in sizes:
                 progress(f"{precision}: timing micro-batch {size}")
@@ -107,6 +108,7 @@ def profile(
                 PrecisionProfile(
                     precision=precision,
                     memory=memory,
+                    memory_at_one=at_one and msgspec.structs.replace(at_one, other_bytes=unseen),
                     wall=tuple(timing.wall for timing in timings),
                     process_cpu=tuple(cpu) if len(cpu) == len(timings) else None,
                 )

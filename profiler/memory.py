@@ -144,7 +144,7 @@ class MemoryTracer:
         self._block_bytes = block_bytes
 
     def memory(self, precision: Precision, batch_sizes: tuple[int, int]) -> PrecisionMemory:
-        """Curves of a step at ``precision``, affine through two micro-batch sizes."""
+        """Curves of a step at ``precision``, affine through two micro-batch sizes; constant when they are equal."""
         small, large = (self._analyse(precision, size) for size in batch_sizes)
         fit = _Fit(*batch_sizes)
         trace = small.plain
@@ -256,6 +256,7 @@ class _StageAnalysis:
     carry_bytes: int = 0
     gradient_bytes: int = 0
     forward: list[int] = field(default_factory=list)
+    rebuild_first: list[int] = field(default_factory=list)
     recompute_points: int = 0
     dropped: list[int] = field(default_factory=list)
     dropped_first: list[int] = field(default_factory=list)
@@ -356,6 +357,7 @@ def _walk_plain(
     points: list[int] = []
     optimizer: list[int] = []
     excluded = 0
+    leftovers: dict[int, int] = {}
 
     def earlier(key: int) -> bool:
         phase, micro_batch, stage = window
@@ -363,14 +365,25 @@ def _walk_plain(
             return False
         return key in owner and lives[key].born[1] == micro_batch and owner[key] < stage
 
+    def add_point() -> None:
+        points.append(total - excluded)
+        if window[:2] == ("forward", 0):
+            stages[window[2]].rebuild_first.append(total - excluded - sum(leftovers.values()))
+
     for event in trace.events:
         match event:
             case Enter(window=entered):
                 window = entered
                 excluded = sum(size for key, size in alive.items() if earlier(key))
                 phase, micro_batch, i = window
+                leftovers.clear()
                 if phase == "forward":
                     points = stages[i].forward if micro_batch == 0 else []
+                    leftovers.update(
+                        (key, size)
+                        for key, size in alive.items()
+                        if key not in owner and key != event.input_key
+                    )
                 elif phase == "backward":
                     points = stages[i].backward_first if micro_batch == 0 else stages[i].backward_later
                     if micro_batch == 0:
@@ -384,14 +397,15 @@ def _walk_plain(
                     points = optimizer
                 else:
                     points = []
-                points.append(total - excluded)
+                add_point()
             case Alloc(key=key, size_bytes=size):
                 alive[key] = size
                 total += size
-                points.append(total - excluded)
+                add_point()
             case Free(key=key) if key in alive:
                 size = alive.pop(key)
                 total -= size
+                leftovers.pop(key, None)
                 if earlier(key):
                     excluded -= size
             case Save() if window[0] == "forward" and window[1] == 0:
@@ -444,7 +458,8 @@ class _Fit:
         self._large = large
 
     def affine(self, at_small: float, at_large: float) -> AffineBytes:
-        per_sample = (at_large - at_small) / (self._large - self._small)
+        spread = self._large - self._small
+        per_sample = (at_large - at_small) / spread if spread else 0.0
         return at_small - per_sample * self._small, per_sample
 
     def curve(self, at_small: list[int], at_large: list[int]) -> Curve:
@@ -463,6 +478,10 @@ class _Fit:
             forward=self.curve(a.forward, b.forward),
             recompute=self.curve(
                 a.forward[: max(a.recompute_points, 1)], b.forward[: max(b.recompute_points, 1)]
+            ),
+            rebuild_first=self.curve(a.rebuild_first, b.rebuild_first),
+            rebuild_single=self.curve(
+                a.rebuild_first[: max(a.recompute_points, 1)], b.rebuild_first[: max(b.recompute_points, 1)]
             ),
             dropped=self.curve(a.dropped, b.dropped),
             dropped_first=self.curve(a.dropped_first, b.dropped_first),

@@ -49,8 +49,10 @@ class StageMemory(Record):
     its input included if it saves it. ``dropped_hold``: what stays alive even when its saved tensors are
     dropped. ``carry``: the gradient that arrives when its backward begins. ``gradient``: parameter gradients
     that its backward leaves behind. ``forward`` keeps saved tensors, ``recompute`` is the same up to the last
-    saved tensor, ``dropped`` drops them, ``dropped_first`` drops them and keeps its input. ``backward_first``
-    makes gradients, ``backward_later`` adds to them.
+    saved tensor, ``dropped`` drops them, ``dropped_first`` drops them and keeps its input. ``rebuild_first`` and
+    ``rebuild_single`` are ``forward`` and ``recompute`` without what local variables of the forward pass still
+    hold of the stage before: a replay that begins here holds none of it. ``backward_first`` makes gradients,
+    ``backward_later`` adds to them.
     """
 
     input: AffineBytes
@@ -61,6 +63,8 @@ class StageMemory(Record):
     gradient: AffineBytes
     forward: Curve
     recompute: Curve
+    rebuild_first: Curve
+    rebuild_single: Curve
     dropped: Curve
     dropped_first: Curve
     backward_first: Curve
@@ -106,12 +110,26 @@ class StepTime(Record):
 
 
 class PrecisionProfile(Record):
-    """One precision: its memory, its times on the wall clock and, on a CPU, on the process's own clock."""
+    """One precision: its memory, its times on the wall clock and, on a CPU, on the process's own clock.
+
+    ``memory_at_one`` is traced apart: with one sample some tensors are views that are copies with two.
+    """
 
     precision: Precision
     memory: PrecisionMemory
+    memory_at_one: PrecisionMemory | None
     wall: tuple[StepTime, ...]
     process_cpu: tuple[StepTime, ...] | None
+
+    def memory_at(self, micro_batch_size: int) -> PrecisionMemory:
+        """The curves that hold at a micro-batch size. Raises ValueError for 1 when it was not profiled."""
+        if micro_batch_size > 1:
+            return self.memory
+        if self.memory_at_one is None:
+            raise ValueError(
+                "Micro-batch size 1 was not profiled. Profile again with --batch 1,2 or the like."
+            )
+        return self.memory_at_one
 
 
 class HopelessPrecision(Record):

@@ -186,18 +186,22 @@ MODELS: dict[str, Callable[[], Workload]] = {
     "vit_b_16": lambda: classifier(torchvision.models.vit_b_16(num_classes=10), 3, 224, 224),
     "mlp": mlp,
 }
-BATCH_SIZES = (2, 3, 5, 16)
+BATCH_SIZES = (1, 2, 3, 5, 16)
 
 
 def errors_of(workload: Workload, plans: int, seed: int) -> list[tuple[Setting, int, int]]:
     """``(setting, predicted bytes, executed bytes)`` of random plans of one workload."""
     stages = discover(workload, FAKE_BATCH_SIZES[0])
     tracer = MemoryTracer(workload, stages, "adamw")
-    memory = {precision: tracer.memory(precision, FAKE_BATCH_SIZES) for precision in TRACED_PRECISIONS}
+    memory = {
+        (precision, at_one): tracer.memory(precision, (1, 1) if at_one else FAKE_BATCH_SIZES)
+        for precision in TRACED_PRECISIONS
+        for at_one in (True, False)
+    }
     return [
         (
             setting,
-            predicted_peak_bytes(memory[setting.precision], setting),
+            predicted_peak_bytes(memory[setting.precision, setting.micro_batch_size == 1], setting),
             executed_peak_bytes(workload, stages, setting),
         )
         for setting in random_settings(stages, BATCH_SIZES, plans, seed)

@@ -33,7 +33,7 @@ from studies.composition import (
 )
 from tests.models import ZOO
 
-BATCH_SIZES = (2, 3, 7, 16)
+BATCH_SIZES = (1, 2, 3, 7, 16)
 LOSS_BYTES = 4
 """The sum of losses so far, which the windows of a second forward pass leave out."""
 
@@ -46,8 +46,8 @@ def traced(name: str) -> tuple[Workload, tuple[Stage, ...], MemoryTracer]:
 
 
 @functools.cache
-def curves(name: str, precision: Precision) -> PrecisionMemory:
-    return traced(name)[2].memory(precision, (2, 4))
+def curves(name: str, precision: Precision, at_one: bool = False) -> PrecisionMemory:
+    return traced(name)[2].memory(precision, (1, 1) if at_one else (2, 4))
 
 
 def test_every_plan_of_a_plain_mlp_is_predicted_to_the_byte_fake_and_real() -> None:
@@ -58,20 +58,22 @@ def test_every_plan_of_a_plain_mlp_is_predicted_to_the_byte_fake_and_real() -> N
 
 def test_every_plan_with_dropout_in_the_glue_is_predicted_to_the_byte() -> None:
     for setting in random_settings(traced("dropout_net")[1], BATCH_SIZES, 12, seed=2):
-        predicted = predicted_peak_bytes(curves("dropout_net", setting.precision), setting)
+        predicted = predicted_peak_bytes(
+            curves("dropout_net", setting.precision, setting.micro_batch_size == 1), setting
+        )
         assert predicted == executed("dropout_net", setting, fake=True)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "cnn"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("micro_batch_size", [2, 7])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 7])
 def test_the_plain_plan_is_predicted_to_the_byte(
     name: str, precision: Precision, micro_batch_size: int
 ) -> None:
     setting = Setting(
         segments=(), micro_batch_size=micro_batch_size, gradient_accumulation_steps=2, precision=precision
     )
-    predicted = predicted_peak_bytes(curves(name, precision), setting)
+    predicted = predicted_peak_bytes(curves(name, precision, micro_batch_size == 1), setting)
     assert executed(name, setting, fake=True) - predicted in (0, LOSS_BYTES)
 
 
@@ -79,15 +81,17 @@ SLACK_BYTES = 1024
 """Real kernels keep statistics in other types than fake ones, and replays keep copies of batch norm's: a few
 numbers per channel, which only such small models notice."""
 
-LEFTOVERS = 0.04
-"""A segment's rebuilding is charged with what the block before it has not let go of yet, which in a model of width 32
-is as large as anything else."""
+LEFTOVERS = 0.015
+"""Inside a segment a rebuilt stage is charged with what the forward pass's local variables still held at that point,
+which a replay may have let go of: too much, never too little, and visible only in models as small as these."""
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_random_plans_are_never_predicted_below_what_a_real_step_needs_nor_far_above(name: str) -> None:
     for setting in random_settings(traced(name)[1], BATCH_SIZES, 8, seed=3):
-        predicted = predicted_peak_bytes(curves(name, setting.precision), setting)
+        predicted = predicted_peak_bytes(
+            curves(name, setting.precision, setting.micro_batch_size == 1), setting
+        )
         real = executed(name, setting, fake=False)
         assert predicted >= real * (1 - 0.001) - SLACK_BYTES, setting
         assert predicted <= real * (1 + (LEFTOVERS if setting.segments else 0.002)) + SLACK_BYTES, setting
@@ -140,6 +144,7 @@ def memories(draw: st.DrawFn, longest: int = 6) -> PrecisionMemory:
         return StageMemory(
             input=affine(), saves_input=draw(st.booleans()), hold=affine(), dropped_hold=affine(),
             carry=affine(), gradient=(float(draw(sizes)), 0.0), forward=curve(), recompute=curve(),
+            rebuild_first=curve(), rebuild_single=curve(),
             dropped=curve(), dropped_first=curve(), backward_first=curve(), backward_later=curve(),
         )  # fmt: skip
 
@@ -229,7 +234,8 @@ def one_stage_each(**changes: Curve | AffineBytes | bool) -> StageMemory:
     flat = ((0.0, 0.0),)
     fields = {
         "input": (0.0, 0.0), "saves_input": True, "hold": (0.0, 0.0), "dropped_hold": (0.0, 0.0),
-        "carry": (0.0, 0.0), "gradient": (0.0, 0.0), "forward": flat, "recompute": flat, "dropped": flat,
+        "carry": (0.0, 0.0), "gradient": (0.0, 0.0), "forward": flat, "recompute": flat,
+        "rebuild_first": flat, "rebuild_single": flat, "dropped": flat,
         "dropped_first": flat, "backward_first": flat, "backward_later": flat,
     } | changes  # fmt: skip
     return StageMemory(**fields)  # type: ignore[arg-type]
@@ -248,7 +254,7 @@ def test_windows_of_a_plan_worked_out_by_hand() -> None:
             one_stage_each(hold=(0.0, 10.0), forward=((12.0, 0.0),), backward_first=((50.0, 0.0),)),
             one_stage_each(
                 input=(0.0, 4.0), hold=(0.0, 20.0), carry=(6.0, 0.0), dropped_first=((5.0, 0.0),),
-                recompute=((41.0, 0.0),), backward_first=((60.0, 0.0),),
+                recompute=((99.0, 0.0),), rebuild_single=((41.0, 0.0),), backward_first=((60.0, 0.0),),
             ),
             one_stage_each(
                 hold=(0.0, 30.0), gradient=(7.0, 0.0), forward=((61.0, 0.0),), backward_first=((70.0, 0.0),)

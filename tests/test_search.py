@@ -52,6 +52,8 @@ def random_profile(seed: int, *, predicted: int = 100, measured: int = 100) -> P
             for name in (
                 "forward",
                 "recompute",
+                "rebuild_first",
+                "rebuild_single",
                 "dropped",
                 "dropped_first",
                 "backward_first",
@@ -90,7 +92,11 @@ def random_profile(seed: int, *, predicted: int = 100, measured: int = 100) -> P
 
     def at(precision: Precision) -> PrecisionProfile:
         return PrecisionProfile(
-            precision=precision, memory=memory(), wall=(step_time(1), step_time(4)), process_cpu=None
+            precision=precision,
+            memory=memory(),
+            memory_at_one=memory(),
+            wall=(step_time(1), step_time(4)),
+            process_cpu=None,
         )
 
     fixed = generator.randrange(1, length)
@@ -144,7 +150,7 @@ def seconds_and_peak(
 ) -> tuple[float, int]:
     k = GLOBAL_BATCH // b
     windows = timeline(
-        measured.memory, segments, micro_batch_size=b, gradient_accumulation_steps=k, resident_batches=k
+        measured.memory_at(b), segments, micro_batch_size=b, gradient_accumulation_steps=k, resident_batches=k
     )
     seconds = sum(step_parts(at_micro_batch(measured.wall, b), k, segments).values())
     return seconds, peak_window(windows).total_bytes
