@@ -25,7 +25,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from profiler.chain import Stage
-from profiler.device import process_cpu_seconds, synchronize
+from profiler.device import keep_freed_memory, process_cpu_seconds, synchronize
 from profiler.memory import Window, WindowMarks
 from profiler.profile_record import Precision, StageTime, StepTime
 from profiler.step import Stepper, build_optimizer, build_scaler
@@ -57,6 +57,8 @@ class Timing:
 @contextlib.contextmanager
 def on_device(workload: Workload, device: torch.device) -> Iterator[Workload]:
     """The workload with its model on ``device`` in training mode; afterwards the model is as it was."""
+    if device.type == "cpu":
+        keep_freed_memory()
     model = workload.model
     home = next(model.parameters()).device
     training = model.training
