@@ -102,7 +102,7 @@ class TestGPT2:
     def test_knows_nothing_at_first(self, gpt2: Workload) -> None:
         loss = gpt2.loss(gpt2.model, gpt2.batch(4))
         assert loss.shape == ()
-        assert loss.item() == pytest.approx(math.log(50_257), abs=0.3)
+        assert loss.item() == pytest.approx(math.log(50_257), abs=0.5)
 
     def test_is_built_and_run_without_a_warning(
         self, gpt2_and_its_warnings: tuple[Workload, list[str]]

@@ -34,8 +34,8 @@ def main() -> int:
         _planner(
             "optimize", str(profile), "--global-batch-size", "4", "--memory-budget", BUDGET, "-o", str(plan)
         )
-        plain = _measure("verify", str(plan), "--baseline", "plain", "--steps", "2")
-        best = _measure("verify", str(plan), "--steps", "2")
+        plain = _measure("verify", str(plan), "--baseline", "plain", "--steps", "3")
+        best = _measure("verify", str(plan), "--steps", "3")
         _planner("train", str(plan), "--steps", "4", "--output-dir", str(FOLDER / "run"))
     except subprocess.CalledProcessError as failure:
         return failure.returncode
