@@ -87,6 +87,11 @@ class Weights(Record):
     energy: Share = 0.0
 
     def __post_init__(self) -> None:
+        if min(self.time, self.memory, self.energy) < 0:
+            raise ValueError(
+                "The weights of time, memory and energy must not be negative, "
+                f"got {self.time}, {self.memory} and {self.energy}."
+            )
         if not (self.time or self.memory or self.energy):
             raise ValueError(
                 "At least one of the weights of time, memory and energy must be positive, got 0, 0 and 0."

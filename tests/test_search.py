@@ -335,3 +335,8 @@ def test_a_global_batch_without_a_divisor_in_the_profiled_range_is_refused() -> 
 def test_weights_that_weigh_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="must be positive, got 0, 0 and 0"):
         Weights(time=0.0)
+
+
+def test_weights_below_zero_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"must not be negative, got -1\.0, 1\.0 and 0\.0"):
+        Weights(time=-1.0, memory=1.0)
