@@ -105,7 +105,8 @@ def objective(cost: Cost, reference: Cost, weights: Weights) -> float:
 
 
 def instead(plan: Plan, choice: Choice) -> Plan:
-    """The same plan document with other knobs: a baseline or a point of the front, to verify or train. No budget."""
+    """A plan of the search, such as a baseline, in place of the chosen one: to run it, whether or not it fits."""
+    cost = objective(choice.prediction, plan.baselines.plain.prediction, plan.objective.weights)
     return msgspec.structs.replace(
         plan,
         micro_batch_size=choice.micro_batch_size,
@@ -116,9 +117,7 @@ def instead(plan: Plan, choice: Choice) -> Plan:
         memory_budget_bytes=None,
         prediction=choice.prediction,
         objective=msgspec.structs.replace(
-            plan.objective,
-            cost=objective(choice.prediction, plan.baselines.plain.prediction, plan.objective.weights),
-            optimal=False,
+            plan.objective, cost=cost, lower_bound=min(cost, plan.objective.lower_bound), optimal=False
         ),
     )
 

@@ -22,8 +22,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
-import msgspec
-
 from planner.cost import objective
 from planner.plan import Choice, Plan, Prediction, Segment
 from profiler.profile_record import Precision, Profile, StageMemory, StageRecord, StageTime, bytes_at
@@ -124,24 +122,6 @@ def chosen(plan: Plan) -> Choice:
         checkpoint=plan.checkpoint,
         prediction=plan.prediction,
         fits=True,
-    )
-
-
-def as_plan(plan: Plan, choice: Choice) -> Plan:
-    """A plan of the search, such as a baseline, in place of the chosen one: to run it, whether or not it fits."""
-    cost = _cost(plan, choice.prediction)
-    return msgspec.structs.replace(
-        plan,
-        micro_batch_size=choice.micro_batch_size,
-        gradient_accumulation_steps=choice.gradient_accumulation_steps,
-        precision=choice.precision,
-        zero_stage=choice.zero_stage,
-        checkpoint=choice.checkpoint,
-        memory_budget_bytes=None,
-        prediction=choice.prediction,
-        objective=msgspec.structs.replace(
-            plan.objective, cost=cost, lower_bound=min(cost, plan.objective.lower_bound), optimal=False
-        ),
     )
 
 

@@ -303,14 +303,18 @@ def _front(rows: list[Row]) -> list[Row]:
     return [front[i] for i in sorted(picked)]
 
 
+def _size(size_bytes: float) -> str:
+    return f"{size_bytes / 2**30:.3f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.2f} MiB"
+
+
 def _infeasible(profile: Profile, row: Row, limit: float, budget: int | None) -> NoFeasiblePlan:
     choice = _choice(profile, row[4], row[5], limit)
     margin = memory_error(profile)
     count = len(choice.checkpoint)
     recomputed = f"{count} segments recomputed" if count else "nothing recomputed"
     return NoFeasiblePlan(
-        f"No plan fits {(budget or 0) / 2**30:.3f} GiB: the tightest needs "
-        f"{choice.prediction.peak_memory_bytes * (1 + margin) / 2**30:.3f} GiB "
+        f"No plan fits {_size(budget or 0)}: the tightest needs "
+        f"{_size(choice.prediction.peak_memory_bytes * (1 + margin))} "
         f"({choice.precision}, micro-batch {choice.micro_batch_size}, "
         f"k = {choice.gradient_accumulation_steps}, {recomputed}; {margin:.1%} margin included). "
         "Raise --memory-budget, or profile smaller micro-batches or other precisions.",

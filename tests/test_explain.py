@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 import planner
-from planner.explain import as_plan, budget_for, checkpoint_text, explain, segment_runs, stage_groups
+from planner.cost import instead
+from planner.explain import budget_for, checkpoint_text, explain, segment_runs, stage_groups
 from profiler import records
 from profiler.profile_record import Profile
 from tests.plans import plan, segment, with_weights
@@ -72,7 +73,7 @@ def test_a_faster_plan_that_fits_is_not_what_more_memory_buys() -> None:
 
 
 def test_a_baseline_can_take_the_place_of_the_plan() -> None:
-    made = as_plan(plan(700), plan(700).baselines.plain)
+    made = instead(plan(700), plan(700).baselines.plain)
     assert (made.checkpoint, made.prediction.step_seconds) == ((), 10)
     assert (made.objective.cost, made.objective.optimal) == (1.0, False)
     assert made.memory_budget_bytes is None

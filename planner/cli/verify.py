@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> int:
 
     plan = load_plan(args.plan)
     if args.baseline is not None:
-        from planner.explain import as_plan
+        from planner.cost import instead
 
-        plan = as_plan(plan, getattr(plan.baselines, args.baseline))
+        plan = instead(plan, getattr(plan.baselines, args.baseline))
     from planner.cli.output import progress
 
     with progress() as tell:
