@@ -34,6 +34,9 @@ from profiler.profile_record import PRECISIONS, Precision, PrecisionProfile, Pro
 FRONT_POINTS = 24
 """How many plans of the front a plan document carries at most, spread evenly over memory."""
 
+ROUNDING = 1e-6
+"""Relative difference that comes from searching in whole nanoseconds and reporting in seconds."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Candidate:
@@ -95,6 +98,7 @@ def optimize(
     lower_bound, _, _, _, best, index = min(feasible, key=lambda row: row[:4])
     choice = _choice(profile, best, index, limit)
     value = objective(choice.prediction, reference, weights)
+    proven = abs(value - lower_bound) <= ROUNDING * value
     return Plan(
         model=profile.model,
         workload=profile.workload,
@@ -113,33 +117,13 @@ def optimize(
         objective=Objective(
             cost=value,
             weights=weights,
-            lower_bound=min(lower_bound, value),
-            optimal=abs(value - lower_bound) <= 1e-6 * value,
+            lower_bound=value if proven else lower_bound,
+            optimal=proven,
             plans_considered=len(rows),
         ),
         baselines=baselines,
         front=tuple(_choice(profile, row[4], row[5], limit) for row in _front(rows)),
     )
-
-
-def tightest_choice(
-    profile: Profile, global_batch_size: int, precisions: Sequence[Precision] | None = None
-) -> Choice:
-    """The plan with the lowest predicted peak, the fastest of those."""
-    candidates = [
-        _candidate(profile, measured, b, global_batch_size // b)
-        for measured in _precisions(profile, precisions)
-        for b in _micro_batch_sizes(profile, global_batch_size)
-    ]
-    _, _, candidate, index = min(
-        (
-            (peak, seconds, candidate, index)
-            for candidate in candidates
-            for seconds, peak, index in candidate.points()
-        ),
-        key=lambda row: row[:2],
-    )
-    return _choice(profile, candidate, index, np.inf)
 
 
 def _check_arguments(

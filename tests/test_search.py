@@ -15,7 +15,7 @@ from planner.cost import COMPOSITION_ERROR, index_segments, memory_error
 from planner.memory import peak_window, timeline
 from planner.placement import Segments
 from planner.plan import NoFeasiblePlan, Plan, Weights
-from planner.search import PrecisionNotProfiled, blocks, optimize, tightest_choice
+from planner.search import PrecisionNotProfiled, blocks, optimize
 from planner.time import at_micro_batch, step_parts
 from profiler.profile_record import (
     AffineBytes,
@@ -206,14 +206,14 @@ def test_a_plan_says_the_same_as_the_timeline_and_the_times_of_its_own_knobs() -
         tight.prediction.peak_memory_bytes == peak == sum(tight.prediction.parts.peak_memory_bytes.values())
     )
     assert sum(tight.prediction.parts.step_seconds.values()) == tight.prediction.step_seconds
-    assert tightest_choice(profile, GLOBAL_BATCH).prediction.peak_memory_bytes == peak
+    assert tight.front[0].prediction.peak_memory_bytes == peak
 
 
 def test_a_plan_fits_only_when_its_stated_error_fits_as_well() -> None:
     """The profile's check was off by 4%: a peak of p needs a budget of 1.04 p."""
     profile = random_profile(5, predicted=96, measured=100)
     assert memory_error(profile) == pytest.approx(0.04)
-    tightest = tightest_choice(profile, GLOBAL_BATCH).prediction.peak_memory_bytes
+    tightest = optimize(profile, GLOBAL_BATCH).front[0].prediction.peak_memory_bytes
     needed = math.ceil(tightest * 1.04 - 1e-9)
     assert optimize(profile, GLOBAL_BATCH, needed).prediction.peak_memory_bytes == tightest
     with pytest.raises(NoFeasiblePlan, match=r"the tightest needs .*4\.0% margin included"):
