@@ -79,7 +79,7 @@ def record(plan: Plan, storage_url: str, study_name: str | None = None) -> str:
 def default_name(plan: Plan) -> str:
     """What was planned, for where, within what, and the first digits of the profile and of the plan."""
     budget = plan.memory_budget_bytes
-    within = "no-limit" if budget is None else f"{budget / 2**30:.2f}gib"
+    within = "no-limit" if budget is None else f"{budget / 2**20:.0f}mib"
     words = f"{plan.model} {plan.device.name} batch {plan.global_batch_size} {within}".lower()
     slug = re.sub(r"[^a-z0-9.]+", "-", words).strip("-")
     return f"{slug}-{plan.profile_sha256[:8]}-{plan.sha256[:8]}"
