@@ -22,7 +22,6 @@ import json
 import math
 import os
 import platform
-import secrets
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ import tokenizers
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from profiler.records import replace_whole
 from profiler.registry import seeded
 from profiler.workload import Workload
 from profiler.workload_spec import WorkloadSpec, resolve
@@ -342,18 +342,9 @@ def cache_directory() -> Path:
 
 def _write_cache(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write all of a file or nothing; several processes may do so at once."""
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        replace_whole(path, write)
     except OSError as error:
         raise ValueError(
             f"The cache directory must be writable, got {path.parent}: {error.strerror or error}. "

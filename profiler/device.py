@@ -1,7 +1,7 @@
 """Which device a run is on, the clocks that can be read there, and how its memory is handed out.
 
 glibc gives every large block back to the system when it is freed, and a training step asks for the same blocks again:
-on a CPU a third of a step can go into page faults (``python -m studies.allocator`` measures it). So measuring and
+on a CPU a quarter of GPT-2's step goes into page faults (``python -m studies.allocator`` measures it). So measuring and
 training on a CPU both keep freed memory in the process.
 """
 

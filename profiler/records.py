@@ -25,9 +25,9 @@ import hashlib
 import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import IO, Any, ClassVar, TypeVar, dataclass_transform
 
 import msgspec
 
@@ -124,24 +124,27 @@ def encode(document: Document) -> bytes:
 def write(path: str | os.PathLike[str], document: Document) -> None:
     """Puts the document in a file. The old file, if any, stays whole until the new one is on the disk."""
     data = encode(document)
+    try:
+        replace_whole(path, lambda file: file.write(data))
+    except OSError as error:
+        raise _refusal(f"{os.fspath(path)} cannot be written: {error.strerror}.") from error
+
+
+def replace_whole(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
+    """Write all of a file or leave the old one as it is; several processes may do so at once. OSError says why not."""
     # A link keeps pointing where it did: what it points to is replaced.
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        # Unlike the tempfile module's, these permissions are those of any file the user makes (umask).
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_directory(target.parent)
-    except OSError as error:
-        raise _refusal(f"{os.fspath(path)} cannot be written: {error.strerror}.") from error
+        # Unlike the tempfile module's, its permissions are those of any file the user makes (umask).
+        with temporary.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_directory(target.parent)
 
 
 def sha256(document: Document) -> str:
