@@ -142,13 +142,13 @@ class TrainingData:
 def load(spec: WorkloadSpec, workload: Workload, data_dir: Path | None = None) -> TrainingData:
     """The training data of a workload; ``data_dir`` is a folder of text to use in place of the default."""
     spec = resolve(spec)
-    if data_dir is not None and spec.sequence_length is None:
+    if data_dir is not None and spec.name != "gpt2":
         raise ValueError(
             f"A data folder (--data) is for workloads that read text, got {data_dir} for {spec.name}. "
             f"Leave it out."
         )
     match spec:
-        case WorkloadSpec(sequence_length=int(sequence_length)):
+        case WorkloadSpec(name="gpt2", sequence_length=int(sequence_length)):
             if data_dir is None:
                 description = f"text of the Python {platform.python_version()} standard library"
                 files = standard_library_files()
@@ -159,7 +159,7 @@ def load(spec: WorkloadSpec, workload: Workload, data_dir: Path | None = None) -
             dataset: Dataset | OwnBatches = TokenDataset(
                 tokens=text.tokens, sequence_length=sequence_length, tokenizer_file=text.tokenizer_file
             )
-        case WorkloadSpec(image_size=int(image_size)):
+        case WorkloadSpec(name="resnet50", image_size=int(image_size)):
             description = "generated images (no download)"
             dataset = ImageDataset(image_size=image_size)
         case _:

@@ -9,12 +9,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from executor.errors import PlanDoesNotFit
 from executor.recompute import Checkpoints, Stretch
@@ -23,6 +22,16 @@ from profiler.chain import Call
 from profiler.device import keep_freed_memory
 from profiler.step import SILENT, Loss, StepObserver, Stepper, build_scaler
 from profiler.timing import to_device
+from profiler.workload import split
+
+
+def check_one_process(plan: Plan) -> None:
+    """Raise PlanDoesNotFit for a plan of several processes, which one process would run with too small a batch."""
+    if plan.world_size > 1:
+        raise PlanDoesNotFit(
+            f"The plan for {plan.model} is for {plan.world_size} processes, and this runs one. Use "
+            "executor.distributed under torchrun, or optimise with --world-size 1."
+        )
 
 
 def apply_checkpoints(model: nn.Module, plan: Plan) -> Checkpoints:
@@ -82,6 +91,7 @@ def prepare(
     The learning-rate schedule stays yours: step it after ``step``. On a CPU the process keeps freed memory from now
     on, as it did while it was profiled. Raises PlanDoesNotFit for another model's plan.
     """
+    check_one_process(plan)
     checkpoints = apply_checkpoints(model, plan)
     device_type = next(model.parameters()).device.type
     if device_type == "cpu":
@@ -96,25 +106,3 @@ def prepare(
         max_gradient_norm=max_gradient_norm,
     )
     return PreparedStep(stepper, plan, checkpoints)
-
-
-def split(batch: Any, global_batch_size: int, gradient_accumulation_steps: int) -> Iterable[Any]:
-    """Cut a global batch into micro-batches along the first dimension of every tensor in it."""
-    leaves, shape = tree_flatten(batch)
-    sizes = {leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()}
-    if sizes != {global_batch_size}:
-        raise ValueError(
-            f"A step takes a batch of global_batch_size = {global_batch_size} samples in the first dimension of every "
-            f"tensor, got {', '.join(map(str, sorted(sizes))) or 'no tensors'}. Drop the last, ragged batch."
-        )
-    size = global_batch_size // gradient_accumulation_steps
-
-    def piece(leaf: Any, index: int) -> Any:
-        if isinstance(leaf, torch.Tensor) and leaf.dim():
-            return leaf[index * size : (index + 1) * size]
-        return leaf
-
-    return [
-        tree_unflatten([piece(leaf, index) for leaf in leaves], shape)
-        for index in range(gradient_accumulation_steps)
-    ]

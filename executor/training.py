@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_model
 
 from executor.data import TrainingData, batches, load
-from executor.engine import PreparedStep, prepare, split
-from executor.verification import Clocks, LiveMeter, build_workload, device_of
+from executor.engine import PreparedStep, prepare
+from executor.verification import Clocks, build_workload, device_of, measured_peak
 from planner.plan import Cost, Plan
 from profiler import records
 from profiler.records import Document
@@ -168,11 +168,8 @@ class _Run:
         return loss
 
     def _metered_step(self, step: PreparedStep, batch: Any) -> torch.Tensor:
-        plan = self._plan
-        meter = LiveMeter(step, split(batch, plan.global_batch_size, plan.gradient_accumulation_steps))
-        with meter:
-            value = step(iter(meter.micro_batches))
-        self._peak_bytes = meter.peak_bytes
+        peak, value = measured_peak(step, self._plan, batch, self._device)
+        self._peak_bytes = peak.peak_bytes
         return value
 
     def _log(self, index: int, loss: float, learning_rate: float) -> None:

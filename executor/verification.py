@@ -1,7 +1,6 @@
 """Hold a plan against reality: run it for a few steps and measure what it predicted.
 
-    warm up ─▶ n timed steps, nothing watching ─▶ one step under a meter of live tensor bytes (CPU)
-                                                  or with the allocator's own peak (CUDA)
+    warm up ─▶ n timed steps, nothing watching ─▶ one step whose peak the allocator itself reports
 
 Time on a CPU is read from two clocks: the wall's, which is what one waits for, and the process's own, which does
 not count what others on the machine took.
@@ -15,20 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch.utils._pytree import tree_leaves
 
-from executor.engine import PreparedStep, apply_checkpoints, split
+from executor.engine import PreparedStep, apply_checkpoints, check_one_process
 from executor.errors import PlanDoesNotFit
+from planner.calibration import Residual
 from planner.plan import Cost, Plan
 from profiler import device as devices
-from profiler.live import LiveStorages
+from profiler import energy
+from profiler.allocator import StepPeak, measure_step
 from profiler.records import Record
 from profiler.registry import build
 from profiler.timing import on_device, stepper_for
-from profiler.workload import Workload
-
-CURVE_POINTS = 600
-"""How many points of the memory curve a verification keeps."""
+from profiler.workload import Workload, split
 
 Progress = Callable[[str], None]
 
@@ -36,8 +33,9 @@ Progress = Callable[[str], None]
 class Verification(Record):
     """What a plan predicted and what was measured; ``relative_error`` is (predicted - measured) / measured.
 
-    ``within``: whether each lies within the error that the plan states; time when either clock does.
-    ``memory_curve`` (CPU): live tensor bytes over one step, as (share of the step's operations, bytes).
+    ``within``: whether each lies within the error that the plan states; time when either clock does, energy only
+    when its watts were measured, not stated by the user.
+    ``memory_curve`` (CPU): memory in use over one step, as (share of the allocator's events, bytes).
     """
 
     plan_sha256: str
@@ -48,6 +46,19 @@ class Verification(Record):
     passed: bool
     steps: int
     memory_curve: tuple[tuple[float, int], ...] | None
+
+    @property
+    def residual(self) -> Residual:
+        """What this teaches about the device: how far the peak was off, and the time on the clock it was nearest."""
+        clocks = (self.relative_error["step_seconds"], self.relative_error["step_cpu_seconds"])
+        peak = self.relative_error["peak_memory_bytes"]
+        if peak is None:
+            raise ValueError("A verification must have measured a peak to teach anything, got none.")
+        return Residual(
+            plan_sha256=self.plan_sha256,
+            step_seconds=min((error for error in clocks if error is not None), key=abs),
+            peak_memory_bytes=peak,
+        )
 
 
 def verify(
@@ -76,22 +87,28 @@ def verify(
             progress("warming up")
             step(batch)
             clocks = Clocks()
-            for index in range(steps):
-                progress(f"timing step {index + 1} of {steps}")
+            counter = energy.find_counter(device)
+            joules_before = None if counter is None else counter.joules()
+            # A counter moves in ticks: steps that are short beside them are repeated until a window is full.
+            while len(clocks.wall) < steps or (counter and sum(clocks.wall) < energy.WINDOW_SECONDS):
+                progress(f"timing step {len(clocks.wall) + 1} of {max(steps, len(clocks.wall) + 1)}")
                 with clocks.timing(device):
                     step(batch)
+            joules = None
+            if counter is not None and joules_before is not None:
+                joules = (counter.joules() - joules_before) / len(clocks.wall)
             progress("measuring peak memory")
-            peak, reserved, curve = _measure_memory(step, plan, batch, device)
+            peak, _ = measured_peak(step, plan, placed.worst_batch(plan.global_batch_size), device)
         finally:
             checkpoints.remove()
     measured = Cost(
         step_seconds=statistics.median(clocks.wall),
         step_cpu_seconds=statistics.median(clocks.cpu) if device.type == "cpu" else None,
-        peak_memory_bytes=peak,
-        peak_reserved_bytes=reserved,
-        step_joules=None,
+        peak_memory_bytes=peak.peak_bytes,
+        peak_reserved_bytes=peak.reserved_bytes,
+        step_joules=joules,
     )
-    return compare(plan, measured, steps, curve)
+    return compare(plan, measured, len(clocks.wall), peak.course)
 
 
 def compare(
@@ -109,6 +126,9 @@ def compare(
         "peak_memory_bytes": memory_error is not None
         and abs(memory_error) <= predicted.error.peak_memory_bytes,
     }
+    joules_error = errors["step_joules"]
+    if joules_error is not None and predicted.error.step_joules is not None:
+        within["step_joules"] = abs(joules_error) <= predicted.error.step_joules
     if plan.memory_budget_bytes is not None:
         within["memory_budget"] = measured.peak_memory_bytes <= plan.memory_budget_bytes
     return Verification(
@@ -128,7 +148,8 @@ def _relative(predicted: float | None, measured: float | None) -> float | None:
 
 
 def device_of(plan: Plan) -> torch.device:
-    """The plan's device, when it is here. Raises PlanDoesNotFit otherwise."""
+    """The plan's device, when it is here. Raises PlanDoesNotFit otherwise, and for a plan of several processes."""
+    check_one_process(plan)
     if plan.device.kind == "cuda" and not torch.cuda.is_available():
         raise PlanDoesNotFit(
             f"The plan was made for {plan.device.name}, and this machine has no CUDA device. "
@@ -186,50 +207,18 @@ class _Timing:
         self._clocks.cpu.append(devices.process_cpu_seconds() - cpu)
 
 
-def _measure_memory(
+def measured_peak(
     step: PreparedStep, plan: Plan, batch: object, device: torch.device
-) -> tuple[int, int | None, tuple[tuple[float, int], ...] | None]:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        step(batch)
-        return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device), None
-    meter = LiveMeter(step, split(batch, plan.global_batch_size, plan.gradient_accumulation_steps))
-    with meter:
-        step(iter(meter.micro_batches))
-    return meter.peak_bytes, None, meter.curve()
-
-
-class LiveMeter:
-    """Peak and course of the live tensor bytes of the steps that run inside, on a CPU."""
-
-    def __init__(self, step: PreparedStep, micro_batches: object) -> None:
-        self.micro_batches = list(micro_batches)  # type: ignore[call-overload]
-        self._points: list[int] = []
-        self._live = LiveStorages(observe=lambda event, key, size: self._points.append(self._live.live_bytes))
-        self._step = step
-
-    def __enter__(self) -> None:
-        model, optimizer = self._step.stepper.model, self._step.stepper.optimizer
-        self._live.track(model.parameters())
-        self._live.track(model.buffers())
-        self._live.track(
-            leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, torch.Tensor)
-        )
-        self._live.track(leaf for leaf in tree_leaves(self.micro_batches) if isinstance(leaf, torch.Tensor))
-        self._points.clear()
-        self._live.__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *exception: object) -> None:
-        self._live.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-
-    @property
-    def peak_bytes(self) -> int:
-        return self._live.peak_bytes
-
-    def curve(self) -> tuple[tuple[float, int], ...]:
-        """The course in at most ``CURVE_POINTS`` points, each the highest of its stretch of operations."""
-        count = len(self._points)
-        width = -(-count // CURVE_POINTS)
-        return tuple(
-            (start / count, max(self._points[start : start + width])) for start in range(0, count, width)
-        )
+) -> tuple[StepPeak, torch.Tensor]:
+    """Run one step on a global batch; its peak as the allocator reports it, and its loss."""
+    micro_batches = list(split(batch, plan.global_batch_size, plan.gradient_accumulation_steps))
+    stepper = step.stepper
+    losses: list[torch.Tensor] = []
+    peak = measure_step(
+        lambda: losses.append(step(iter(micro_batches))),
+        stepper.model,
+        stepper.optimizer,
+        micro_batches,
+        device,
+    )
+    return peak, losses[0]

@@ -8,14 +8,29 @@ from __future__ import annotations
 
 import msgspec
 
-from planner.memory import MemoryWindow, peak_window, timeline
+from planner import communication, energy
+from planner.calibration import Calibration
+from planner.communication import ALONE, Distribution
+from planner.memory import MemoryWindow, constant_bytes, peak_window, timeline
 from planner.placement import Segments
 from planner.plan import Choice, Cost, Error, Parts, Plan, Prediction, Segment, Weights
 from planner.time import at_micro_batch, expected_error, step_parts
-from profiler.profile_record import PrecisionProfile, Profile
+from planner.zero import sharded
+from profiler.profile_record import (
+    Precision,
+    PrecisionMemory,
+    PrecisionProfile,
+    Profile,
+    StepTime,
+    peak_at,
+)
 
 COMPOSITION_ERROR = 0.002
 """Largest error seen when composing random plans; ``python -m studies.composition`` prints it again."""
+
+UNCHECKED_MEMORY_ERROR = 0.16
+"""Of a peak that nothing was run for: scratch memory inside kernels is not in it. On a CPU such peaks were 5.1% too low
+for GPT-2 at 64 tokens (``python -m studies.roofline``) and 16% for ResNet-50 at 64 x 64 (studies/LOG.md)."""
 
 
 def predict(
@@ -25,32 +40,57 @@ def predict(
     micro_batch_size: int,
     gradient_accumulation_steps: int,
     segments: Segments,
+    distribution: Distribution = ALONE,
+    calibration: Calibration | None = None,
 ) -> Prediction:
-    """The cost of one optimizer step of a plan on the profile's device."""
+    """The cost of one optimizer step of a plan on the profile's device; errors as ``calibration`` taught, if given.
+
+    With several processes the peak is that of the one that needs most, and the energy that of all.
+    """
     b, k = micro_batch_size, gradient_accumulation_steps
     times = at_micro_batch(measured.wall, b)
-    parts = step_parts(times, k, segments)
+    parts = seconds_by_kind(profile, times, k, segments, distribution)
     cpu_seconds = None
     if measured.process_cpu is not None:
         cpu_seconds = sum(step_parts(at_micro_batch(measured.process_cpu, b), k, segments).values())
+    memory = memory_of_process(profile, measured, b, k, distribution)
     peak = peak_window(
         timeline(
-            measured.memory_at(b), segments, micro_batch_size=b, gradient_accumulation_steps=k,
+            memory, segments, micro_batch_size=b, gradient_accumulation_steps=k,
             resident_batches=resident_batches(profile, k),
         )
     )  # fmt: skip
+    time_error = expected_error(times)
+    if calibration is not None:
+        time_error = calibration.time_error(time_error)
+    watts = energy.watts_at(profile, measured.precision)
+    joules = None if watts is None else energy.step_joules(parts, watts, distribution.world_size)
     return Prediction(
         step_seconds=sum(parts.values()),
         step_cpu_seconds=cpu_seconds,
         peak_memory_bytes=peak.total_bytes,
         peak_reserved_bytes=_reserved(profile, peak.total_bytes),
-        step_joules=None,
-        parts=Parts(step_seconds=parts, peak_memory_bytes=_memory_parts(measured, peak, b, profile, k)),
-        error=Error(step_seconds=expected_error(times), peak_memory_bytes=memory_error(profile)),
+        step_joules=None if joules is None else sum(joules.values()),
+        evaluation_peak_bytes=_evaluation_peak_bytes(memory, b),
+        parts=Parts(
+            step_seconds=parts,
+            peak_memory_bytes=_memory_parts(memory, peak, distribution),
+            step_joules=joules,
+        ),
+        error=Error(
+            step_seconds=time_error,
+            peak_memory_bytes=memory_error(profile, calibration),
+            step_joules=None if joules is None else energy.expected_error(profile, time_error),
+        ),
         peak_at=f"{peak.phase} of {profile.stages[peak.stage].name}"
         if peak.phase != "optimizer"
         else "optimizer step",
     )
+
+
+def _evaluation_peak_bytes(memory: PrecisionMemory, micro_batch_size: int) -> int:
+    """The peak of a forward pass and loss on one micro-batch without gradients, between two optimizer steps."""
+    return constant_bytes(memory, micro_batch_size, 1) + peak_at(memory.evaluation, micro_batch_size)
 
 
 def resident_batches(profile: Profile, gradient_accumulation_steps: int) -> int:
@@ -58,31 +98,104 @@ def resident_batches(profile: Profile, gradient_accumulation_steps: int) -> int:
     return gradient_accumulation_steps if profile.device.kind == "cpu" else 1
 
 
-def memory_error(profile: Profile) -> float:
-    """Relative error of a predicted peak: the profile's own check against a real step, and composition's."""
+def checked_peak_bytes(profile: Profile) -> int | None:
+    """What the curves say of the step that the profile ran for its memory check, composed as any plan's peak is.
+
+    None for a profile that ran nothing.
+    """
     check = profile.memory_check
-    residual = abs(check.predicted_bytes - check.measured_bytes) / check.measured_bytes
-    return max(COMPOSITION_ERROR, residual)
+    if check is None:
+        return None
+    return plain_peak_bytes(
+        profile, check.precision, check.micro_batch_size, check.gradient_accumulation_steps
+    )
+
+
+def plain_peak_bytes(
+    profile: Profile, precision: Precision, micro_batch_size: int, micro_batches: int
+) -> int:
+    """The peak of a step that recomputes nothing, with all of its micro-batches on the device."""
+    measured = profile.at(precision)
+    if measured is None:
+        raise ValueError(f"The profile must hold the precision asked for, got {precision}.")
+    windows = timeline(
+        measured.memory_at(micro_batch_size), (), micro_batch_size=micro_batch_size,
+        gradient_accumulation_steps=micro_batches, resident_batches=micro_batches,
+    )  # fmt: skip
+    return peak_window(windows).total_bytes
+
+
+def memory_error(profile: Profile, calibration: Calibration | None = None) -> float:
+    """Relative error of a predicted peak: composition's, the profile's own check, and what verifications taught."""
+    check, composed_bytes = profile.memory_check, checked_peak_bytes(profile)
+    if check is None or composed_bytes is None:
+        error = UNCHECKED_MEMORY_ERROR
+    else:
+        residual = abs(composed_bytes - check.measured_bytes) / check.measured_bytes
+        error = max(COMPOSITION_ERROR, residual)
+    return error if calibration is None else calibration.memory_error(error)
 
 
 def _reserved(profile: Profile, peak_bytes: int) -> int | None:
     """CUDA: the allocator's reserve in the same proportion as in the profile's own check."""
     check = profile.memory_check
-    if check.measured_reserved_bytes is None:
+    if check is None or check.measured_reserved_bytes is None:
         return None
     return round(peak_bytes * check.measured_reserved_bytes / check.measured_bytes)
 
 
-def _memory_parts(
-    measured: PrecisionProfile, peak: MemoryWindow, b: int, profile: Profile, k: int
-) -> dict[str, int]:
-    memory = measured.memory_at(b)
+def seconds_by_kind(
+    profile: Profile,
+    times: StepTime,
+    gradient_accumulation_steps: int,
+    segments: Segments,
+    distribution: Distribution,
+) -> dict[str, float]:
+    """The seconds of a step of one process by kind of work, its communication included.
+
+    From ZeRO stage 1 on a process updates its own share of the parameters only.
+    """
+    k = gradient_accumulation_steps
+    parts = step_parts(times, k, segments)
+    if distribution.world_size > 1:
+        parts["communication"] = communication.step_seconds(distribution, k, profile.parameters)
+        if distribution.zero_stage:
+            parts["optimizer"] /= distribution.world_size
+    return parts
+
+
+def memory_of_process(
+    profile: Profile,
+    measured: PrecisionProfile,
+    micro_batch_size: int,
+    gradient_accumulation_steps: int,
+    distribution: Distribution,
+) -> PrecisionMemory:
+    """The curves of the process that needs most; of the only one, as they were profiled."""
+    memory = measured.memory_at(micro_batch_size)
+    if distribution.world_size == 1:
+        return memory
+    return sharded(
+        memory,
+        profile.parameters,
+        zero_stage=distribution.zero_stage,
+        world_size=distribution.world_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        precision=measured.precision,
+        collectives=distribution.collectives,
+    )
+
+
+def _memory_parts(memory: PrecisionMemory, peak: MemoryWindow, distribution: Distribution) -> dict[str, int]:
     fixed = memory.parameter_bytes + memory.buffer_bytes + memory.optimizer_state_bytes
+    # With one process the rest is inputs, and on CUDA kernels' workspaces; with several, also copies of parameters.
+    copies = {} if distribution.world_size == 1 else {"parameter_copies": memory.other_bytes}
     return {
         "parameters": memory.parameter_bytes,
         "buffers": memory.buffer_bytes,
         "optimizer_state": memory.optimizer_state_bytes,
-        "inputs": peak.constant_bytes - fixed,
+        **copies,
+        "inputs": peak.constant_bytes - fixed - sum(copies.values()),
         "gradients": peak.gradient_bytes,
         "activations": peak.held_bytes,
         "working": peak.own_bytes,
@@ -91,16 +204,23 @@ def _memory_parts(
 
 def objective(cost: Cost, reference: Cost, weights: Weights) -> float:
     """``C`` of a plan relative to the plain plan. Raises ValueError when energy counts and is not known."""
-    value = weights.time * cost.step_seconds / reference.step_seconds
-    value += weights.memory * cost.peak_memory_bytes / reference.peak_memory_bytes
+    return weighed(cost.step_seconds, cost.peak_memory_bytes, cost.step_joules, reference, weights)
+
+
+def weighed(
+    step_seconds: float, peak_memory_bytes: int, step_joules: float | None, reference: Cost, weights: Weights
+) -> float:
+    """``C`` of a time, a peak and an energy; see ``objective``."""
+    value = weights.time * step_seconds / reference.step_seconds
+    value += weights.memory * peak_memory_bytes / reference.peak_memory_bytes
     if weights.energy:
-        if cost.step_joules is None or reference.step_joules is None:
+        if step_joules is None or reference.step_joules is None:
             raise ValueError(
                 "--energy-weight is positive but nothing tells the energy of this device: no NVML, no "
-                "RAPL, no stated watts in the profile. Set --energy-weight 0, or profile where one of these "
-                "can be read."
+                "RAPL, no stated watts in the profile. Set --energy-weight 0, or profile with --watts, or where one "
+                "of the counters can be read."
             )
-        value += weights.energy * cost.step_joules / reference.step_joules
+        value += weights.energy * step_joules / reference.step_joules
     return value
 
 

@@ -22,9 +22,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
+from planner.convergence import steps_saved
 from planner.cost import objective
 from planner.plan import Choice, Plan, Prediction, Segment
-from profiler.profile_record import Precision, Profile, StageMemory, StageRecord, StageTime, bytes_at
+from profiler.profile_record import (
+    NoiseScale,
+    Precision,
+    Profile,
+    StageMemory,
+    StageRecord,
+    StageTime,
+    TimeSource,
+    bytes_at,
+)
 from profiler.records import Document, Record
 
 Number = TypeVar("Number", int, float)
@@ -60,7 +70,8 @@ class Explanation(Document, tag="explanation"):
     ``headroom_bytes``: what the budget leaves above the predicted peak and its error; None without a budget.
     ``binding``: whether a plan on the front costs less, which then does not fit. ``next_faster``: the first
     faster plan on the front that does not fit. The front in a plan is thinned: between two of its points
-    there may be others.
+    there may be others. ``saved_by_doubling``: the share of the steps to a target that twice the global batch
+    would save; None where the noise scale is not known.
     """
 
     current_version: ClassVar[int] = 1
@@ -74,10 +85,15 @@ class Explanation(Document, tag="explanation"):
     peak_at: str
     peak_parts: dict[str, int]
     step_parts: dict[str, float]
+    energy_parts: dict[str, float] | None
+    global_batch_size: int
+    noise_scale: NoiseScale | None
+    saved_by_doubling: float | None
     baselines: tuple[Alternative, ...]
     tightest: Alternative
     next_faster: Alternative | None
     without_limit: Alternative
+    time_source: TimeSource = "measured"
 
 
 def explain(plan: Plan) -> Explanation:
@@ -101,6 +117,10 @@ def explain(plan: Plan) -> Explanation:
         peak_at=plan.prediction.peak_at,
         peak_parts=_falling(plan.prediction.parts.peak_memory_bytes),
         step_parts=_falling(plan.prediction.parts.step_seconds),
+        energy_parts=None if (joules := plan.prediction.parts.step_joules) is None else _falling(joules),
+        global_batch_size=plan.global_batch_size,
+        noise_scale=plan.noise_scale,
+        saved_by_doubling=_saved_by_doubling(plan),
         baselines=(
             _beside(plan, "plain", baselines.plain),
             _beside(plan, "sqrt", baselines.sqrt),
@@ -109,6 +129,7 @@ def explain(plan: Plan) -> Explanation:
         tightest=_beside(plan, "tightest", plan.front[0]),
         next_faster=None if next_faster is None else _beside(plan, "next_faster", next_faster),
         without_limit=_beside(plan, "without_limit", without_limit),
+        time_source=plan.time_source,
     )
 
 
@@ -151,6 +172,12 @@ def _beside(plan: Plan, name: str, choice: Choice) -> Alternative:
         relative_peak_memory_bytes=prediction.peak_memory_bytes / own.peak_memory_bytes - 1,
         relative_cost=cost / plan.objective.cost - 1,
     )
+
+
+def _saved_by_doubling(plan: Plan) -> float | None:
+    phi = None if plan.noise_scale is None else plan.noise_scale.noise_scale_samples
+    batch = plan.global_batch_size
+    return None if phi is None else steps_saved(phi, batch_size=batch, larger=2 * batch)
 
 
 def _cost(plan: Plan, prediction: Prediction) -> float:

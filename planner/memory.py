@@ -12,7 +12,8 @@ A step is a sequence of windows, and its peak is the highest window. What is ali
                             ▲▲▲ recompute
 
 ``timeline`` spells this out window by window and is the reference; ``plan_units`` says the same for every
-stage and every segment at once, as the placement solver wants it.
+stage and every segment at once, as the placement solver wants it. A segment also keeps the random state it began
+with, and while it is replayed the state that it will go back to.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class _Sizes:
     backward_first: list[int]
     backward_later: list[int]
     optimizer: int
+    segment: int
 
     @classmethod
     def of(cls, memory: PrecisionMemory, b: int) -> _Sizes:
@@ -84,6 +86,7 @@ class _Sizes:
             backward_first=[peak_at(s.backward_first, b) for s in stages],
             backward_later=[peak_at(s.backward_later, b) for s in stages],
             optimizer=peak_at(memory.optimizer, b),
+            segment=memory.segment_bytes,
         )
 
     def rebuilt(self, stage: int, start: int, stop: int) -> int:
@@ -133,6 +136,7 @@ def timeline(
                 held += sizes.hold[t]
                 continue
             first = start_of[t][0] == t
+            held += sizes.segment if first else 0
             yield MemoryWindow(
                 phase="forward", micro_batch=micro_batch, stage=t, constant_bytes=constant,
                 held_bytes=held, gradient_bytes=standing,
@@ -146,7 +150,7 @@ def timeline(
             if t in start_of:
                 start, stop = start_of[t]
                 dropped = sum(sizes.dropped_hold[start:stop])
-                before = held_before[start] + dropped
+                before = held_before[start] + dropped + sizes.segment
                 if t == stop - 1:
                     for s in range(start, stop):
                         inner = sum(sizes.hold[start:s])
@@ -154,7 +158,8 @@ def timeline(
                             inner += sizes.input[start]
                         yield MemoryWindow(
                             phase="recompute", micro_batch=micro_batch, stage=s, constant_bytes=constant,
-                            held_bytes=before + inner + sizes.carry[stop - 1], gradient_bytes=own_gradients,
+                            held_bytes=before + inner + sizes.carry[stop - 1] + sizes.segment,
+                            gradient_bytes=own_gradients,
                             own_bytes=sizes.rebuilt(s, start, stop),
                         )  # fmt: skip
                 held = before + sum(sizes.hold[start:t])
@@ -232,19 +237,20 @@ def plan_units(
         lasting = dropped_held[span] - dropped_held[i]
         forward_need = dropped[span] + lasting + sizes.input[i]
         forward_need[0] = sizes.dropped_first[i]
-        forward_need = np.maximum.accumulate(forward_need) + standing
+        forward_need = np.maximum.accumulate(forward_need) + standing + sizes.segment
         inner = held[span] - held[i]
         tape = np.where(np.arange(stop - i) > 0, 0 if sizes.saves_input[i] else sizes.input[i], 0)
         not_last, as_last = forward[span].copy(), recompute[span].copy()
         not_last[0], as_last[0] = sizes.rebuild_first[i], sizes.rebuild_single[i]
         whole = np.concatenate([[lowest], np.maximum.accumulate(not_last + inner + tape)[:-1]])
         rebuilt = np.maximum(whole, as_last + inner + tape) + carry[span] + at_recompute[ends]
-        backward_need = np.maximum.accumulate(backward[span] + inner)
+        rebuilt += 2 * sizes.segment
+        backward_need = np.maximum.accumulate(backward[span] + inner) + sizes.segment
         dropped_total = dropped_held[ends] - dropped_held[i]
         need[i, ends] = constant + np.maximum(
             forward_need, np.maximum(rebuilt, backward_need) + dropped_total
         )
-        holds[i, ends] = sizes.input[i] + dropped_total
+        holds[i, ends] = sizes.input[i] + dropped_total + sizes.segment
     return Units(
         keep_need=constant + np.maximum(forward + standing, backward),
         keep_hold=hold,

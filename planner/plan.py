@@ -13,11 +13,12 @@ from typing import Annotated, ClassVar, Literal
 from msgspec import Meta
 
 from profiler import records
-from profiler.profile_record import DeviceRecord, Positive, Precision
+from profiler.profile_record import DeviceRecord, NoiseScale, Positive, Precision, TimeSource
 from profiler.records import Document, Record
 from profiler.workload_spec import WorkloadSpec
 
 Seconds = Annotated[float, Meta(ge=0)]
+Joules = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0)]
 
 
@@ -42,26 +43,32 @@ class Cost(Record):
     step_cpu_seconds: Seconds | None
     peak_memory_bytes: Positive
     peak_reserved_bytes: Positive | None
-    step_joules: Seconds | None
+    step_joules: Joules | None
 
 
 class Parts(Record):
-    """What a prediction is made of: seconds by kind of work, and bytes alive at the highest moment."""
+    """What a prediction is made of: seconds and joules by kind of work, and bytes alive at the highest moment."""
 
     step_seconds: dict[str, Seconds]
     peak_memory_bytes: dict[str, int]
+    step_joules: dict[str, Joules] | None = None
 
 
 class Error(Record):
-    """Relative error to be expected of each prediction, from measurements."""
+    """Relative error to be expected of each prediction, from measurements; None where nobody measured."""
 
     step_seconds: Share
     peak_memory_bytes: Share
+    step_joules: Share | None = None
 
 
 class Prediction(Cost):
-    """A predicted cost with its parts, its error, and the moment of its peak in words."""
+    """A predicted cost with its parts, its error, and the moment of its peak in words.
 
+    ``evaluation_peak_bytes``: of a forward pass without gradients on one micro-batch, between two steps.
+    """
+
+    evaluation_peak_bytes: Positive | None = None
     parts: Parts
     error: Error
     peak_at: str
@@ -117,7 +124,10 @@ class Baselines(Record):
 
 
 class Plan(Document, tag="plan"):
-    """One plan. ``micro_batch_size * gradient_accumulation_steps * world_size == global_batch_size``."""
+    """One plan. ``micro_batch_size * gradient_accumulation_steps * world_size == global_batch_size``.
+
+    ``noise_scale``: as the profile measured it, where it did. ``time_source``: what its times are made from.
+    """
 
     current_version: ClassVar[int] = 1
     schema_version: int = current_version
@@ -138,6 +148,8 @@ class Plan(Document, tag="plan"):
     objective: Objective
     baselines: Baselines
     front: tuple[Choice, ...]
+    noise_scale: NoiseScale | None = None
+    time_source: TimeSource = "measured"
 
     def __post_init__(self) -> None:
         b, k, world = self.micro_batch_size, self.gradient_accumulation_steps, self.world_size

@@ -1,35 +1,52 @@
 """The best plan, with the proof that it is.
 
-    for every micro-batch b with b * k == global batch, for every profiled precision:
+    for every micro-batch b with b * k * world == global batch, every profiled precision, every ZeRO stage:
         placement frontier: all (peak, time) worth having, exact          (planner/placement.py)
     the cheapest point of all of them under C that fits the budget
 
-Every plan of the space is on one of these frontiers or beaten by a point of it in both peak and time, and C
-rises with both, so the scan's minimum is the minimum over all plans: ``lower_bound == cost``.
+Every plan of the space is on one of these frontiers or beaten by a point of it in both peak and time. Within a
+frontier energy is a constant plus watts of the forward pass times recomputed seconds, so it rises exactly with time,
+and what is beaten in peak and time is beaten in energy too. C rises with all three, so the scan's minimum is the
+minimum over all plans: ``lower_bound == cost``.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
 
+from planner.calibration import Calibration
+from planner.communication import ALONE, Distribution
 from planner.cost import (
     memory_error,
+    memory_of_process,
     name_segments,
     objective,
     predict,
     resident_batches,
+    seconds_by_kind,
+    weighed,
 )
+from planner.energy import step_joules, watts_at
 from planner.memory import optimizer_peak_bytes, plan_units
 from planner.placement import Frontier, Segments, pareto, sqrt_segments
 from planner.plan import Baselines, Choice, NoFeasiblePlan, Objective, Plan, Weights
-from planner.time import at_micro_batch, segment_nanoseconds, step_parts
+from planner.time import at_micro_batch, segment_nanoseconds
+from planner.zero import ZERO_STAGES
 from profiler import records
-from profiler.profile_record import PRECISIONS, Precision, PrecisionProfile, Profile
+from profiler.profile_record import (
+    PRECISIONS,
+    Link,
+    Precision,
+    PrecisionProfile,
+    Profile,
+    StageRecord,
+)
 
 FRONT_POINTS = 24
 """How many plans of the front a plan document carries at most, spread evenly over memory."""
@@ -40,20 +57,25 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Candidate:
-    """One (b, k, precision) with its whole placement frontier."""
+    """One (b, k, precision, ZeRO stage) with its whole placement frontier."""
 
+    distribution: Distribution
     measured: PrecisionProfile
     micro_batch_size: int
     gradient_accumulation_steps: int
     base_seconds: float
     floor_bytes: int
     frontier: Frontier
+    base_joules: float | None
+    recompute_watts: float
 
-    def points(self) -> Iterator[tuple[float, int, int]]:
-        """``(step_seconds, peak_bytes, index)`` of every placement worth having."""
+    def points(self) -> Iterator[tuple[float, int, float | None, int]]:
+        """``(step_seconds, peak_bytes, step_joules, index)`` of every placement worth having."""
         k = self.gradient_accumulation_steps
         for index, (peak, nanoseconds) in enumerate(self.frontier.points):
-            yield self.base_seconds + k * nanoseconds / 1e9, max(int(peak), self.floor_bytes), index
+            recompute = k * nanoseconds / 1e9
+            joules = None if self.base_joules is None else self.base_joules + self.recompute_watts * recompute
+            yield self.base_seconds + recompute, max(int(peak), self.floor_bytes), joules, index
 
 
 def optimize(
@@ -65,38 +87,45 @@ def optimize(
     *,
     precisions: Sequence[Precision] | None = None,
     zero_stages: Sequence[int] = (0,),
+    link: Link | None = None,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """The plan that minimises C among all that fit ``memory_budget_bytes`` (None: no limit).
 
-    A plan fits when its predicted peak plus the stated error is within the budget. Raises ``NoFeasiblePlan``
-    when none does, ValueError for bad arguments.
+    A plan fits when its predicted peak plus the stated error is within the budget. ``link`` is how fast
+    ``world_size`` processes reach each other, the profile's own unless given. ``calibration`` is what
+    verifications taught about the profile's device (planner/calibration.py) and decides on stated errors.
+    Raises ``NoFeasiblePlan`` when none does, ValueError for bad arguments.
     """
     weights = weights or Weights()
-    _check_arguments(profile, global_batch_size, memory_budget_bytes, weights, world_size, zero_stages)
-    chosen = _precisions(profile, precisions)
+    _check_arguments(profile, global_batch_size, memory_budget_bytes, weights)
+    distributions = _distributions(world_size, zero_stages, link or profile.link)
+    chosen = _precisions(profile, precisions, world_size)
+    sizes = _micro_batch_sizes(profile, global_batch_size, world_size)
     candidates = [
-        _candidate(profile, measured, b, global_batch_size // b)
+        _candidate(profile, measured, b, global_batch_size // (b * world_size), distribution)
+        for distribution in distributions
         for measured in chosen
-        for b in _micro_batch_sizes(profile, global_batch_size)
+        for b in sizes
     ]
-    limit = _limit(profile, memory_budget_bytes)
-    baselines = _baselines(profile, chosen[0], global_batch_size, limit)
+    terms = _Terms(_limit(profile, memory_budget_bytes, calibration), calibration)
+    by_hand = replace(distributions[0], zero_stage=0)
+    baselines = _baselines(profile, chosen[0], global_batch_size, sizes[-1], by_hand, terms)
     reference = baselines.plain.prediction
 
-    def cost(seconds: float, peak: int) -> float:
-        value = weights.time * seconds / reference.step_seconds
-        return value + weights.memory * peak / reference.peak_memory_bytes
-
     rows = [
-        (cost(seconds, peak), candidate.gradient_accumulation_steps, seconds, peak, candidate, index)
+        (
+            weighed(seconds, peak, joules, reference, weights), candidate.gradient_accumulation_steps,
+            seconds, peak, candidate, index, joules,
+        )
         for candidate in candidates
-        for seconds, peak, index in candidate.points()
-    ]
-    feasible = [row for row in rows if row[3] <= limit]
+        for seconds, peak, joules, index in candidate.points()
+    ]  # fmt: skip
+    feasible = [row for row in rows if row[3] <= terms.limit_bytes]
     if not feasible:
-        raise _infeasible(profile, min(rows, key=lambda row: (row[3], row[2])), limit, memory_budget_bytes)
-    lower_bound, _, _, _, best, index = min(feasible, key=lambda row: row[:4])
-    choice = _choice(profile, best, index, limit)
+        raise _infeasible(profile, min(rows, key=lambda row: (row[3], row[2])), terms, memory_budget_bytes)
+    lower_bound, _, _, _, best, index, _ = min(feasible, key=lambda row: row[:4])
+    choice = _choice(profile, best, index, terms)
     value = objective(choice.prediction, reference, weights)
     proven = abs(value - lower_bound) <= ROUNDING * value
     return Plan(
@@ -122,7 +151,9 @@ def optimize(
             plans_considered=len(rows),
         ),
         baselines=baselines,
-        front=tuple(_choice(profile, row[4], row[5], limit) for row in _front(rows)),
+        front=tuple(_choice(profile, row[4], row[5], terms) for row in _front(rows)),
+        time_source=profile.time_source,
+        noise_scale=profile.noise_scale,
     )
 
 
@@ -131,32 +162,54 @@ def _check_arguments(
     global_batch_size: int,
     memory_budget_bytes: int | None,
     weights: Weights,
-    world_size: int,
-    zero_stages: Sequence[int],
 ) -> None:
     if global_batch_size < 1:
         raise ValueError(f"global_batch_size must be at least 1, got {global_batch_size}.")
     if memory_budget_bytes is not None and memory_budget_bytes < 1:
         raise ValueError(f"memory_budget_bytes must be at least 1, got {memory_budget_bytes}.")
-    if world_size != 1:
-        raise ValueError(
-            f"world_size must be 1, got {world_size}: this profile holds no measurement of communication."
-        )
-    if tuple(zero_stages) != (0,):
-        raise ValueError(
-            f"zero_stages must be 0 with world_size 1, got {', '.join(map(str, zero_stages))}: "
-            "there is nothing to shard."
-        )
-    if weights.energy:
+    if weights.energy and profile.energy is None:
         raise ValueError(
             "A positive energy weight needs a source of energy, and this profile has none: no NVML counter, "
-            "no readable RAPL, no stated watts. Set --energy-weight 0, or profile on a device where one can "
-            "be read."
+            "no readable RAPL, no stated watts. Set --energy-weight 0, or profile with --watts, or where one of "
+            "the counters can be read."
         )
 
 
-def _precisions(profile: Profile, wanted: Sequence[Precision] | None) -> list[PrecisionProfile]:
+def _distributions(world_size: int, zero_stages: Sequence[int], link: Link | None) -> list[Distribution]:
+    """Every way to spread a step over the processes that was asked for, the one that deals out least first."""
+    stages = sorted(set(zero_stages))
+    asked = ", ".join(map(str, zero_stages))
+    if world_size < 1:
+        raise ValueError(f"world_size must be at least 1, got {world_size}.")
+    if not stages or not set(stages) <= set(ZERO_STAGES):
+        raise ValueError(f"zero_stages must be of 0, 1, 2 and 3, got {asked or 'none'}.")
+    if world_size == 1:
+        if stages != [0]:
+            raise ValueError(
+                f"zero_stages must be 0 with world_size 1, got {asked}: there is nothing to shard."
+            )
+        return [ALONE]
+    if link is None:
+        raise ValueError(
+            f"world_size must be 1 for a profile without a measured link between processes, got {world_size}. "
+            f"Profile with --world-size {world_size}, or pass link= to planner.optimize."
+        )
+    if link.world_size != world_size:
+        raise ValueError(
+            f"world_size must be {link.world_size}, the number of processes that the link was measured between, "
+            f"got {world_size}. "
+            f"Profile with --world-size {world_size}, or pass link= to planner.optimize."
+        )
+    return [Distribution(world_size=world_size, zero_stage=stage, link=link) for stage in stages]
+
+
+def _precisions(
+    profile: Profile, wanted: Sequence[Precision] | None, world_size: int
+) -> list[PrecisionProfile]:
+    """What was asked for, or all that was profiled; several processes run in fp32 only (planner/zero.py)."""
     names = tuple(wanted) if wanted is not None else tuple(p.precision for p in profile.precisions)
+    if world_size > 1 and wanted is None:
+        names = tuple(name for name in names if name == "fp32")
     missing = [name for name in names if profile.at(name) is None]
     if missing or not names:
         hopeless = {h.precision: h.slowdown for h in profile.hopeless}
@@ -176,26 +229,44 @@ class PrecisionNotProfiled(ValueError):
     """The profile does not hold a precision that was asked for."""
 
 
-def _micro_batch_sizes(profile: Profile, global_batch_size: int) -> list[int]:
+def _micro_batch_sizes(profile: Profile, global_batch_size: int, world_size: int) -> list[int]:
     low, high = profile.micro_batch_sizes[0], profile.micro_batch_sizes[-1]
-    sizes = [b for b in range(low, min(high, global_batch_size) + 1) if global_batch_size % b == 0]
+    sizes = [
+        b for b in range(low, min(high, global_batch_size) + 1) if global_batch_size % (b * world_size) == 0
+    ]
     if not sizes:
+        times = "" if world_size == 1 else f"{world_size} times "
         raise ValueError(
-            f"global_batch_size must be a multiple of a micro-batch size between {low} and {high}, the "
+            f"global_batch_size must be a multiple of {times}a micro-batch size between {low} and {high}, the "
             f"profiled range, got {global_batch_size}. Profile other sizes with --batch."
         )
     return sizes
 
 
-def _limit(profile: Profile, memory_budget_bytes: int | None) -> float:
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """On what terms a plan is described: the largest predicted peak that fits, and what is known of the device."""
+
+    limit_bytes: float
+    calibration: Calibration | None
+
+
+def _limit(profile: Profile, memory_budget_bytes: int | None, calibration: Calibration | None) -> float:
     """The largest predicted peak that still fits when the stated error is added."""
-    return np.inf if memory_budget_bytes is None else memory_budget_bytes / (1 + memory_error(profile))
+    if memory_budget_bytes is None:
+        return np.inf
+    return memory_budget_bytes / (1 + memory_error(profile, calibration))
 
 
-def _candidate(profile: Profile, measured: PrecisionProfile, b: int, k: int) -> _Candidate:
+def _candidate(
+    profile: Profile, measured: PrecisionProfile, b: int, k: int, distribution: Distribution
+) -> _Candidate:
     times = at_micro_batch(measured.wall, b)
     resident = resident_batches(profile, k)
-    memory = measured.memory_at(b)
+    memory = memory_of_process(profile, measured, b, k, distribution)
+    parts = seconds_by_kind(profile, times, k, (), distribution)
+    world_size = distribution.world_size
+    watts = watts_at(profile, measured.precision)
     units = plan_units(
         memory,
         micro_batch_size=b,
@@ -203,50 +274,63 @@ def _candidate(profile: Profile, measured: PrecisionProfile, b: int, k: int) -> 
         resident_batches=resident,
         keep_cost=np.zeros(len(profile.stages), dtype=np.int64),
         segment_cost=segment_nanoseconds(times),
-        recomputable=np.array([stage.recomputable for stage in profile.stages]),
+        recomputable=np.array([_recomputable(stage, distribution) for stage in profile.stages]),
     )
     return _Candidate(
+        distribution=distribution,
         measured=measured,
         micro_batch_size=b,
         gradient_accumulation_steps=k,
-        base_seconds=sum(step_parts(times, k, ()).values()),
+        base_seconds=sum(parts.values()),
         floor_bytes=optimizer_peak_bytes(memory, b, resident),
         frontier=pareto(units),
+        base_joules=None if watts is None else sum(step_joules(parts, watts, world_size).values()),
+        recompute_watts=0.0
+        if watts is None
+        else sum(step_joules({"recompute": 1.0}, watts, world_size).values()),
     )
 
 
-def _choice(profile: Profile, candidate: _Candidate, index: int, limit: float) -> Choice:
+def _recomputable(stage: StageRecord, distribution: Distribution) -> bool:
+    """ZeRO stage 3 recomputes nothing: its gathering cannot be replayed (executor/distributed.py)."""
+    return stage.recomputable and distribution.zero_stage < 3
+
+
+def _choice(profile: Profile, candidate: _Candidate, index: int, terms: _Terms) -> Choice:
     return _describe(
         profile, candidate.measured, candidate.micro_batch_size, candidate.gradient_accumulation_steps,
-        candidate.frontier.segments(index), limit,
+        candidate.frontier.segments(index), candidate.distribution, terms,
     )  # fmt: skip
 
 
 def _describe(
-    profile: Profile, measured: PrecisionProfile, b: int, k: int, segments: Segments, limit: float
-) -> Choice:
+    profile: Profile, measured: PrecisionProfile, b: int, k: int, segments: Segments, distribution: Distribution,
+    terms: _Terms,
+) -> Choice:  # fmt: skip
     prediction = predict(
-        profile, measured, micro_batch_size=b, gradient_accumulation_steps=k, segments=segments
-    )
+        profile, measured, micro_batch_size=b, gradient_accumulation_steps=k, segments=segments,
+        distribution=distribution, calibration=terms.calibration,
+    )  # fmt: skip
     return Choice(
         micro_batch_size=b,
         gradient_accumulation_steps=k,
         precision=measured.precision,
-        zero_stage=0,
+        zero_stage=distribution.zero_stage,
         checkpoint=name_segments(profile, segments),
         prediction=prediction,
-        fits=prediction.peak_memory_bytes <= limit,
+        fits=prediction.peak_memory_bytes <= terms.limit_bytes,
     )
 
 
 def _baselines(
-    profile: Profile, measured: PrecisionProfile, global_batch_size: int, limit: float
-) -> Baselines:
+    profile: Profile, measured: PrecisionProfile, global_batch_size: int, b: int, distribution: Distribution,
+    terms: _Terms,
+) -> Baselines:  # fmt: skip
     """What one would do by hand: the largest micro-batch, the first precision, the well-known placements."""
-    b = _micro_batch_sizes(profile, global_batch_size)[-1]
+    k = global_batch_size // (b * distribution.world_size)
 
     def baseline(segments: Segments) -> Choice:
-        return _describe(profile, measured, b, global_batch_size // b, segments, limit)
+        return _describe(profile, measured, b, k, segments, distribution, terms)
 
     spans = blocks(profile)
     grouped = sqrt_segments(len(spans)) if spans else ()
@@ -270,15 +354,32 @@ def _block_name(stage: str) -> str | None:
     return found.group(0) if found else None
 
 
-Row = tuple[float, int, float, int, _Candidate, int]
+Row = tuple[float, int, float, int, _Candidate, int, float | None]
 
 
 def _front(rows: list[Row]) -> list[Row]:
-    """The rows that no other beats in both time and peak, thinned to ``FRONT_POINTS``, by rising peak."""
+    """The rows that no other beats in time, peak and energy, thinned to ``FRONT_POINTS``, by rising peak.
+
+    Where energy is not known it does not count. Of the rows so far, all with lower peaks, the stairs keep those that
+    matter: with their seconds, rising, their joules fall.
+    """
     front: list[Row] = []
-    for row in sorted(rows, key=lambda row: (row[3], row[2], row[1])):
-        if not front or row[2] < front[-1][2]:
-            front.append(row)
+    stairs: list[tuple[float, float]] = []
+    known = all(row[6] is not None for row in rows)
+
+    def joules_of(row: Row) -> float:
+        return row[6] if known and row[6] is not None else 0.0
+
+    for row in sorted(rows, key=lambda row: (row[3], row[2], joules_of(row), row[1])):
+        seconds, joules = row[2], joules_of(row)
+        above = bisect_right(stairs, seconds, key=lambda stair: stair[0])
+        if above and stairs[above - 1][1] <= joules:
+            continue
+        end = above
+        while end < len(stairs) and stairs[end][1] >= joules:
+            end += 1
+        stairs[above:end] = [(seconds, joules)]
+        front.append(row)
     if len(front) <= FRONT_POINTS:
         return front
     low, high = front[0][3], front[-1][3]
@@ -291,16 +392,18 @@ def _size(size_bytes: float) -> str:
     return f"{size_bytes / 2**30:.3f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.2f} MiB"
 
 
-def _infeasible(profile: Profile, row: Row, limit: float, budget: int | None) -> NoFeasiblePlan:
-    choice = _choice(profile, row[4], row[5], limit)
-    margin = memory_error(profile)
+def _infeasible(profile: Profile, row: Row, terms: _Terms, budget: int | None) -> NoFeasiblePlan:
+    choice = _choice(profile, row[4], row[5], terms)
+    margin = memory_error(profile, terms.calibration)
     count = len(choice.checkpoint)
     recomputed = f"{count} segments recomputed" if count else "nothing recomputed"
+    world_size = row[4].distribution.world_size
+    spread = f", ZeRO stage {choice.zero_stage} on {world_size} processes" if world_size > 1 else ""
     return NoFeasiblePlan(
         f"No plan fits {_size(budget or 0)}: the tightest needs "
         f"{_size(choice.prediction.peak_memory_bytes * (1 + margin))} "
         f"({choice.precision}, micro-batch {choice.micro_batch_size}, "
-        f"k = {choice.gradient_accumulation_steps}, {recomputed}; {margin:.1%} margin included). "
+        f"k = {choice.gradient_accumulation_steps}, {recomputed}{spread}; {margin:.1%} margin included). "
         "Raise --memory-budget, or profile smaller micro-batches or other precisions.",
         choice.prediction,
     )

@@ -9,35 +9,20 @@ The default is a journal in the user's state directory.
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import sqlalchemy
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalFileSymlinkLock
 
+from planner import state
+
 _JOURNAL = "journal:"
 
 
 def default_storage_url() -> str:
     """A journal in the user's state directory, made when it is first opened."""
-    return f"{_JOURNAL}{state_directory(sys.platform, os.environ, Path.home()) / 'studies.journal'}"
-
-
-def state_directory(platform: str, environment: Mapping[str, str], home: Path) -> Path:
-    """Where this user's state belongs: `$PLANNER_HOME` where set, else the platform's usual place.
-
-    The XDG base directory specification has relative paths in its variables ignored.
-    """
-    if chosen := environment.get("PLANNER_HOME"):
-        return Path(chosen).expanduser().absolute()
-    if platform == "darwin":
-        return home / "Library" / "Application Support" / "planner"
-    if platform == "win32":
-        return Path(environment.get("LOCALAPPDATA") or home / "AppData" / "Local") / "planner"
-    xdg = Path(environment.get("XDG_STATE_HOME", ""))
-    return (xdg if xdg.is_absolute() else home / ".local" / "state") / "planner"
+    return f"{_JOURNAL}{state.here() / 'studies.journal'}"
 
 
 def open_storage(url: str) -> BaseStorage:

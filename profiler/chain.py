@@ -28,6 +28,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from profiler.absent import DEVICE, AbsentCuda, graph_ends, standing_in
 from profiler.fake import RealIntegers, fake_batch, fake_parameters
 from profiler.live import LiveStorages
 from profiler.workload import Workload
@@ -64,9 +65,12 @@ class Call:
 
 @dataclass(slots=True)
 class _Entry:
+    """A module call: how many operations came before it, and the first input that a gradient flows to."""
+
     call: Call
     position: int
-    inputs: frozenset[int]
+    input_key: int | None
+    input_node: object
     end: int = -1
 
 
@@ -78,12 +82,13 @@ class _Recording:
     entries: list[_Entry] = field(default_factory=list)
     trainable: set[int] = field(default_factory=set)
     batch: set[int] = field(default_factory=set)
+    graph: set[object] = field(default_factory=set)
     loss: int = -1
 
 
-def discover(workload: Workload, batch_size: int = 2) -> tuple[Stage, ...]:
+def discover(workload: Workload, batch_size: int = 2, absent: AbsentCuda | None = None) -> tuple[Stage, ...]:
     """The stages of a workload's forward pass and loss, in order; one stage when it can be cut nowhere."""
-    recording = _record(workload, batch_size)
+    recording = _record(workload, batch_size, absent)
     entries = _boundaries(recording)
     starts = [0, *(entry.position for entry in entries)]
     stops = [*starts[1:], len(recording.reads)]
@@ -136,7 +141,7 @@ def _unique(stages: list[Stage]) -> Iterator[Stage]:
         yield replace(stage, name=name)
 
 
-def _record(workload: Workload, batch_size: int) -> _Recording:
+def _record(workload: Workload, batch_size: int, absent: AbsentCuda | None = None) -> _Recording:
     recording = _Recording()
     model = workload.model
 
@@ -148,8 +153,9 @@ def _record(workload: Workload, batch_size: int) -> _Recording:
     live = LiveStorages(operation=operation)
 
     def entering(call: Call, inputs: list[torch.Tensor]) -> None:
-        keys = frozenset(key for key in map(live.key_of, inputs) if key is not None)
-        recording.entries.append(_Entry(call, len(recording.reads), keys))
+        tensor = next((tensor for tensor in inputs if tensor.requires_grad), None)
+        key, node = (None, None) if tensor is None else (live.key_of(tensor), tensor.grad_fn)
+        recording.entries.append(_Entry(call, len(recording.reads), key, node))
 
     def leaving(call: Call) -> None:
         for entry in reversed(recording.entries):
@@ -158,8 +164,17 @@ def _record(workload: Workload, batch_size: int) -> _Recording:
                 return
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    batch = fake_batch(mode, workload.batch(batch_size))
-    with fake_parameters(model, mode), mode, RealIntegers(), live, watch_calls(model, entering, leaving):
+    device = DEVICE if absent else None
+    batch = fake_batch(mode, workload.batch(batch_size), device)
+    with (
+        fake_parameters(model, mode, device),
+        mode,
+        RealIntegers(device),
+        graph_ends(model, absent),
+        live,
+        watch_calls(model, entering, leaving),
+        standing_in(absent),
+    ):
         recording.trainable.update(live.track(p for p in model.parameters() if p.requires_grad))
         tensors = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor))
         recording.batch.update(live.track(tensors))
@@ -167,7 +182,20 @@ def _record(workload: Workload, batch_size: int) -> _Recording:
         key = live.key_of(loss)
         assert key is not None
         recording.loss = key
+        recording.graph = _graph(loss)
     return recording
+
+
+def _graph(loss: torch.Tensor) -> set[object]:
+    """The nodes of autograd's graph that the backward pass of ``loss`` visits."""
+    found: set[object] = set()
+    waiting: list[Any] = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+    return found
 
 
 @contextlib.contextmanager
@@ -236,7 +264,8 @@ def _boundaries(recording: _Recording) -> list[_Entry]:
         if needed[entry.position] != 1:
             continue
         cut = activations[index_sum[entry.position]]
-        if cut.key in entry.inputs and not cut.rewritten:
+        # A view that a module only asks for its shape holds the activation too, but no gradient comes by.
+        if cut.key == entry.input_key and entry.input_node in recording.graph and not cut.rewritten:
             found.setdefault(cut.made_at, entry)
     return list(found.values())
 

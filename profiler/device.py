@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from profiler import catalogue
 from profiler.profile_record import DeviceRecord
 
 PACKAGES = ("torch", "transformers", "torchvision", "deepspeed", "optuna", "training-planner")
@@ -37,7 +38,9 @@ def resolve(name: str) -> torch.device:
         raise ValueError(
             f"--device {name} is not here: this machine has {count} CUDA devices. Use auto or cpu."
         )
-    raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}.")
+    raise ValueError(
+        f"--device must be auto, cpu, cuda or cuda:N, got {name!r}. {catalogue.suggestion(name)}"
+    )
 
 
 def describe(device: torch.device) -> DeviceRecord:
@@ -49,6 +52,13 @@ def describe(device: torch.device) -> DeviceRecord:
     return DeviceRecord(
         kind="cpu", name=_cpu_name(), memory_bytes=pages * page_bytes, threads=torch.get_num_threads()
     )
+
+
+def found() -> dict[str, DeviceRecord]:
+    """The devices that are here, by the names that ``resolve`` knows them by."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = ["cpu", *(f"cuda:{index}" for index in range(count))]
+    return {name: describe(torch.device(name)) for name in names}
 
 
 def _cpu_name() -> str:

@@ -38,7 +38,8 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     ``observe(event, key, size_bytes)`` is called with ``"alloc"`` and ``"free"`` as they happen;
     ``operation(func, inputs, outputs)`` after each operation with the keys of the storages it read and
-    returned. Either may be None. ``live_bytes`` and ``peak_bytes`` are kept in any case.
+    returned; ``calling(func, args, kwargs)`` before it. Each may be None. ``live_bytes`` and ``peak_bytes`` are
+    kept in any case.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         block_bytes: int = 1,
         observe: Callable[[str, int, int], None] | None = None,
         operation: Callable[[Any, list[int], list[int]], None] | None = None,
+        calling: Callable[[Any, Any, Any], None] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.block_bytes = block_bytes
@@ -54,6 +56,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak_bytes = 0
         self._observe = observe
         self._operation = operation
+        self._calling = calling
         self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self._keys: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
         self._next_key = 0
@@ -91,6 +94,8 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self._calling is not None:
+            self._calling(func, args, kwargs)
         outputs = func(*args, **(kwargs or {}))
         if self._operation is None:
             for tensor in _tensors(outputs):

@@ -12,22 +12,26 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 import torch
-from torch.utils._pytree import tree_leaves
 
+from profiler import catalogue, energy, noise
 from profiler import device as devices
-from profiler.chain import discover, recomputable_stages
-from profiler.live import CUDA_BLOCK_BYTES, LiveStorages
+from profiler.allocator import measure_step
+from profiler.chain import discover
+from profiler.communication import measure_link
+from profiler.live import CUDA_BLOCK_BYTES
 from profiler.memory import MemoryTracer
+from profiler.parameters import parameter_records
 from profiler.profile_record import (
     PRECISIONS,
+    EnergyProfile,
     HopelessPrecision,
     MemoryCheck,
     Precision,
     PrecisionProfile,
     Profile,
     ProfileCost,
-    StageRecord,
 )
+from profiler.rehearsal import calling, rehearse
 from profiler.timing import (
     MICRO_BATCHES_PER_STEP,
     HopelessPrecisionError,
@@ -37,13 +41,17 @@ from profiler.timing import (
     on_device,
     stepper_for,
 )
+from profiler.unmeasured import profile_unmeasured, stage_records, target_of, traced_sizes
 from profiler.workload import Workload
 from profiler.workload_spec import WorkloadSpec
+from profiler.workspaces import Workspaces
 
 Progress = Callable[[str], None]
 
-FAKE_BATCH_SIZES = (2, 4)
-"""Micro-batch sizes of the fake steps. Not 1: kernels skip copies of a dimension of one, off the line."""
+DISCOVERY_BATCH_SIZE = 2
+"""Micro-batch size of the fake step that finds the chain. Not 1: a dimension of one takes other paths."""
+
+LEAVE_OUT = "Leave this precision out, as with --precision fp32, or have the loss computed in fp32."
 
 
 def profile(
@@ -54,17 +62,46 @@ def profile(
     *,
     optimizer: str = "adamw",
     steps: int = 4,
+    all_precisions: bool = False,
+    watts: float | None = None,
+    noise_steps: int = 0,
+    fake: bool = False,
+    world_size: int = 1,
     spec: WorkloadSpec | None = None,
     progress: Progress = lambda message: None,
 ) -> Profile:
     """Measure a workload: memory curves and times per stage, at every precision and micro-batch size.
 
     ``steps`` optimizer steps are timed per combination after one that warms up. fp32 is always measured: it
-    is what other precisions are compared with. Raises ValueError for bad arguments and for a workload that
-    cannot be profiled; the model is left as it was.
+    is what other precisions are compared with; those that turn out hopeless are left out unless ``all_precisions``.
+    ``watts``: what the device draws, where no counter tells or against the one that does. ``noise_steps``: steps
+    to probe the gradient noise scale with, 0 for not at all. ``world_size``: how many processes the link is measured
+    between, 1 for not at all. Raises ValueError for bad arguments and for a workload
+    that cannot be profiled; the model is left as it was. ``fake``, and a ``device`` of the catalogue: nothing is run.
     """
     sizes = _checked_sizes(batch_sizes)
     wanted = _checked_precisions(precisions)
+    if watts is not None:
+        energy.check_watts(watts)
+    if noise_steps:
+        noise.check_steps(noise_steps)
+    if world_size < 1:
+        raise ValueError(f"--world-size must be at least 1, got {world_size}.")
+    if fake or catalogue.has(device):
+        if world_size > 1:
+            raise ValueError(
+                f"The link between processes is measured by running {world_size} of them, and nothing is run for "
+                f"{device} as asked. Leave --world-size out, or profile on the device."
+            )
+        if noise_steps:
+            raise ValueError(
+                f"The noise scale is measured by running steps, and nothing is run for {device} as asked. "
+                "Leave --noise-scale out, or profile on the device."
+            )
+        return profile_unmeasured(
+            workload, sizes, wanted, target_of(device, wanted, progress),
+            optimizer=optimizer, watts=watts, spec=spec, progress=progress,
+        )  # fmt: skip
     target = devices.resolve(device)
     began = time.perf_counter()
     block_bytes = CUDA_BLOCK_BYTES if target.type == "cuda" else 1
@@ -72,22 +109,32 @@ def profile(
     hopeless: list[HopelessPrecision] = []
     measured: list[PrecisionProfile] = []
     with on_device(workload, target) as placed:
+        progress("trying every call once")
+        rehearse(placed, sizes[0], (*sizes[1:], DISCOVERY_BATCH_SIZE))
+        micro_batches += 1
         progress("finding the chain of stages")
-        stages = discover(placed, batch_size=FAKE_BATCH_SIZES[0])
-        tracer = MemoryTracer(placed, stages, optimizer, device_type=target.type, block_bytes=block_bytes)
-        unseen = _unseen_bytes(placed, tracer, optimizer, sizes[0], target)
+        stages = discover(placed, batch_size=DISCOVERY_BATCH_SIZE)
+        parameters = parameter_records(placed, stages, DISCOVERY_BATCH_SIZE)
+        workspaces = Workspaces(target)
+        tracer = MemoryTracer(
+            placed,
+            stages,
+            optimizer,
+            device_type=target.type,
+            block_bytes=block_bytes,
+            workspaces=workspaces,
+        )
+        unseen = 0
         for precision in wanted:
-            progress(f"{precision}: tracing memory")
-            if precision != "fp32":
+            if precision != "fp32" and not all_precisions:
                 micro_batches += 4
                 try:
-                    check_worthwhile(placed, stages, precision, placed.batch(sizes[0]), target)
+                    with calling(f"loss(model, batch({sizes[0]})) in {precision}", placed.model, LEAVE_OUT):
+                        check_worthwhile(placed, stages, precision, placed.batch(sizes[0]), target)
                 except HopelessPrecisionError as error:
                     hopeless.append(HopelessPrecision(precision=precision, slowdown=error.slowdown))
                     progress(f"{precision}: {error.slowdown:.1f} times slower than fp32 here, left out")
                     continue
-            memory = msgspec.structs.replace(tracer.memory(precision, FAKE_BATCH_SIZES), other_bytes=unseen)
-            at_one = tracer.memory(precision, (1, 1)) if sizes[0] == 1 else None
             timings: list[Timing] = []
             for size in sizes:
                 progress(f"{precision}: timing micro-batch {size}")
@@ -100,9 +147,17 @@ def profile(
                         micro_batch_size=size,
                         device=target,
                         steps=steps,
+                        workspaces=workspaces,
                     )
                 )
                 micro_batches += (steps + 1) * MICRO_BATCHES_PER_STEP
+            progress(f"{precision}: tracing memory")
+            if precision == "fp32":
+                unseen = _unseen_bytes(placed, tracer, optimizer, sizes[0], target)
+            memory = msgspec.structs.replace(
+                tracer.memory(precision, traced_sizes(sizes)), other_bytes=unseen
+            )
+            at_one = tracer.memory(precision, (1, 1)) if sizes[0] == 1 else None
             cpu = [timing.process_cpu for timing in timings if timing.process_cpu is not None]
             measured.append(
                 PrecisionProfile(
@@ -114,9 +169,19 @@ def profile(
                 )
             )
         progress("measuring one real step's peak memory")
-        check = _check_memory(placed, tracer, optimizer, sizes, unseen, target)
+        check = _check_memory(placed, optimizer, sizes, target)
         micro_batches += 2 * MICRO_BATCHES_PER_STEP
-    allowed = recomputable_stages(stages)
+        drawn, more = _energy(placed, measured, optimizer, sizes[-1], target, watts, progress)
+        micro_batches += more
+        noise_scale = None
+        if noise_steps:
+            progress(f"probing gradients: {noise_steps} steps of {noise.MICRO_BATCHES} micro-batches")
+            noise_scale = noise.measure(placed, micro_batch_size=sizes[0], steps=noise_steps)
+            micro_batches += noise_steps * noise.MICRO_BATCHES
+    link = None
+    if world_size > 1:
+        progress(f"measuring all-reduces between {world_size} processes")
+        link = measure_link(world_size, "cuda" if target.type == "cuda" else "cpu")
     return Profile(
         model=workload.label,
         workload=spec,
@@ -125,14 +190,15 @@ def profile(
         device=devices.describe(target),
         versions=devices.versions(),
         micro_batch_sizes=sizes,
-        stages=tuple(
-            StageRecord(name=s.name, entry=s.entry, recomputable=ok, parameter_count=s.parameter_count)
-            for s, ok in zip(stages, allowed, strict=True)
-        ),
+        stages=stage_records(stages),
         precisions=tuple(measured),
         hopeless=tuple(hopeless),
         memory_check=check,
         cost=ProfileCost(seconds=time.perf_counter() - began, micro_batches_run=micro_batches),
+        energy=drawn,
+        noise_scale=noise_scale,
+        parameters=parameters,
+        link=link,
     )
 
 
@@ -154,6 +220,36 @@ def _checked_precisions(precisions: Sequence[Precision]) -> tuple[Precision, ...
     return tuple(p for p in PRECISIONS if p in precisions or p == "fp32")
 
 
+def _energy(
+    workload: Workload,
+    measured: Sequence[PrecisionProfile],
+    optimizer: str,
+    micro_batch_size: int,
+    device: torch.device,
+    watts: float | None,
+    progress: Progress,
+) -> tuple[EnergyProfile | None, int]:
+    """What the device draws: as stated, else as a counter tells, else unknown; and the micro-batches it took."""
+    precisions = [each.precision for each in measured]
+    counter = energy.find_counter(device)
+    if watts is not None:
+        instead = "" if counter is None else f", and not as the {counter.source} counter here tells"
+        progress(f"energy: {watts:g} W in every phase, as stated{instead}")
+        return energy.stated(watts, precisions), 0
+    if counter is None:
+        return None, 0
+    progress(f"measuring watts of every phase ({counter.source})")
+    return energy.measure(
+        workload,
+        counter,
+        precisions=precisions,
+        optimizer=optimizer,
+        micro_batch_size=micro_batch_size,
+        device=device,
+        window_seconds=energy.WINDOW_SECONDS,
+    )
+
+
 def _unseen_bytes(
     workload: Workload, tracer: MemoryTracer, optimizer: str, micro_batch_size: int, device: torch.device
 ) -> int:
@@ -165,21 +261,15 @@ def _unseen_bytes(
 
 
 def _check_memory(
-    workload: Workload,
-    tracer: MemoryTracer,
-    optimizer: str,
-    sizes: Sequence[int],
-    unseen_bytes: int,
-    device: torch.device,
+    workload: Workload, optimizer: str, sizes: Sequence[int], device: torch.device
 ) -> MemoryCheck:
-    """A real plain step in fp32 beside a fake one; on CUDA at the largest size, the smallest told the workspaces."""
-    size = sizes[-1] if device.type == "cuda" else sizes[0]
+    """A real plain step in fp32 at a size in the middle of the profiled range, where curves are interpolated."""
+    size = sizes[len(sizes) // 2]
     measured, reserved = measure_peak(workload, optimizer, "fp32", size, device)
     return MemoryCheck(
         precision="fp32",
         micro_batch_size=size,
         gradient_accumulation_steps=MICRO_BATCHES_PER_STEP,
-        predicted_bytes=tracer.plain_peak_bytes("fp32", size) + unseen_bytes,
         measured_bytes=measured,
         measured_reserved_bytes=reserved,
     )
@@ -188,19 +278,15 @@ def _check_memory(
 def measure_peak(
     workload: Workload, optimizer: str, precision: Precision, micro_batch_size: int, device: torch.device
 ) -> tuple[int, int | None]:
-    """Peak of live tensor bytes over one steady optimizer step, and on CUDA what the allocator reserved."""
+    """The allocator's peak over one steady optimizer step, and on CUDA what it reserved."""
     stepper = stepper_for(workload, optimizer, precision, device)
-    batches = [workload.batch(micro_batch_size) for _ in range(MICRO_BATCHES_PER_STEP)]
-    if device.type == "cuda":
-        stepper.step(batches, MICRO_BATCHES_PER_STEP)
-        torch.cuda.reset_peak_memory_stats(device)
-        stepper.step(batches, MICRO_BATCHES_PER_STEP)
-        return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-    with LiveStorages() as live:
-        live.track(workload.model.parameters())
-        live.track(workload.model.buffers())
-        live.track(leaf for leaf in tree_leaves(batches) if isinstance(leaf, torch.Tensor))
-        stepper.step(batches, MICRO_BATCHES_PER_STEP)
-        live.peak_bytes = live.live_bytes
-        stepper.step(batches, MICRO_BATCHES_PER_STEP)
-    return live.peak_bytes, None
+    batches = [workload.worst_batch(micro_batch_size) for _ in range(MICRO_BATCHES_PER_STEP)]
+    stepper.step(batches, MICRO_BATCHES_PER_STEP)
+    peak = measure_step(
+        lambda: stepper.step(batches, MICRO_BATCHES_PER_STEP),
+        workload.model,
+        stepper.optimizer,
+        batches,
+        device,
+    )
+    return peak.peak_bytes, peak.reserved_bytes

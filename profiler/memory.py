@@ -1,9 +1,10 @@
 """The memory curves of a step, from steps that run under fake tensors.
 
-Two runs at each of two micro-batch sizes tell everything:
+Three runs at each of two micro-batch sizes tell everything:
 
-    plain:    F0 F1 ... F_L-1 | B_L-1 ... B0   F0 ... B0   optimizer   (gradients appear, then are added to)
-    dropped:  F0 F1 ... F_L-1                                          (saved tensors are let go at once)
+    plain:       F0 F1 ... F_L-1 | B_L-1 ... B0   F0 ... B0   optimizer   (gradients appear, then are added to)
+    dropped:     F0 F1 ... F_L-1                                          (saved tensors are let go at once)
+    evaluation:  F0 F1 ... F_L-1                                          (no gradients, evaluation mode)
 
 Every storage has a birth and a death in this sequence of windows, so each can be given to the stage that
 *owns* it: a storage that survives the forward pass belongs to the stage that made it, except a stage's input,
@@ -16,65 +17,35 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from profiler.absent import DEVICE, AbsentCuda, graph_ends, standing_in
 from profiler.chain import Call, Stage, watch_calls
-from profiler.fake import RealIntegers, fake_batch, fake_parameters
+from profiler.events import (
+    Accumulate,
+    Alloc,
+    BetweenNodes,
+    Enter,
+    Free,
+    Operate,
+    Peak,
+    Save,
+    Trace,
+    Window,
+    is_sum_of_two,
+    settle,
+)
+from profiler.fake import RealIntegers, fake_batch, fake_parameters, numbers_in_updates
 from profiler.live import LiveStorages
 from profiler.profile_record import AffineBytes, Curve, Precision, PrecisionMemory, StageMemory
 from profiler.step import StepObserver, Stepper, build_optimizer
 from profiler.workload import Workload
-
-Window = tuple[str, int, int]
-"""``(phase, micro_batch, stage)``; phases are forward, backward, between, optimizer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Alloc:
-    key: int
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Free:
-    key: int
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Enter:
-    """A window begins. ``input_key`` is the stage's input storage for forward windows."""
-
-    window: Window
-    input_key: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Save:
-    """Autograd saved a tensor of this storage for backward."""
-
-    key: int
-
-
-Event = Alloc | Free | Enter | Save
-
-
-@dataclass(slots=True)
-class Trace:
-    """The events of one step, and what was alive before it."""
-
-    events: list[Event] = field(default_factory=list)
-    parameter_bytes: int = 0
-    buffer_bytes: int = 0
-    optimizer_state_bytes: int = 0
-    batch_bytes: int = 0
-
-    @property
-    def constant_bytes(self) -> int:
-        return self.parameter_bytes + self.buffer_bytes + self.optimizer_state_bytes + self.batch_bytes
+from profiler.workspaces import Workspaces, kind_of
 
 
 class WindowMarks(StepObserver):
@@ -125,8 +96,12 @@ class WindowMarks(StepObserver):
         self._mark(("between", self._micro_batch, 0), None)
 
 
+Run = Literal["plain", "dropped", "evaluation"]
+"""``dropped``: saved tensors are let go. ``evaluation``: no gradients, and the model in evaluation mode."""
+
+
 class MemoryTracer:
-    """Runs fake steps of one workload and turns them into curves."""
+    """Runs fake steps of one workload, whose model is in training mode, and turns them into curves."""
 
     def __init__(
         self,
@@ -136,16 +111,21 @@ class MemoryTracer:
         *,
         device_type: str = "cpu",
         block_bytes: int = 1,
+        workspaces: Workspaces | None = None,
+        absent: AbsentCuda | None = None,
     ) -> None:
         self._workload = workload
         self._stages = stages
         self._optimizer = optimizer
         self._device_type = device_type
         self._block_bytes = block_bytes
+        self._workspaces = workspaces
+        self._absent = absent
 
     def memory(self, precision: Precision, batch_sizes: tuple[int, int]) -> PrecisionMemory:
         """Curves of a step at ``precision``, affine through two micro-batch sizes; constant when they are equal."""
-        small, large = (self._analyse(precision, size) for size in batch_sizes)
+        analyses = {size: self._analyse(precision, size) for size in dict.fromkeys(batch_sizes)}
+        small, large = (analyses[size] for size in batch_sizes)
         fit = _Fit(*batch_sizes)
         trace = small.plain
         return PrecisionMemory(
@@ -155,30 +135,25 @@ class MemoryTracer:
             other_bytes=0,
             batch=fit.affine(small.plain.batch_bytes / 2, large.plain.batch_bytes / 2),
             optimizer=fit.curve(small.optimizer, large.optimizer),
+            evaluation=fit.curve(small.evaluation, large.evaluation),
             stages=tuple(fit.stage(a, b) for a, b in zip(small.stages, large.stages, strict=True)),
+            segment_bytes=torch.get_rng_state().nbytes if self._device_type == "cpu" else 0,
         )
 
     def plain_peak_bytes(self, precision: Precision, batch_size: int) -> int:
         """The peak of a fake plain step of two micro-batches, read directly."""
-        trace = self.trace(precision, batch_size, dropped=False)
-        live = peak = trace.constant_bytes
-        for event in trace.events:
-            if isinstance(event, Alloc):
-                live += event.size_bytes
-                peak = max(peak, live)
-            elif isinstance(event, Free):
-                live -= event.size_bytes
-        return peak
+        return self.trace(precision, batch_size, "plain").peak_bytes
 
     def _analyse(self, precision: Precision, batch_size: int) -> _Analysis:
         return _analyse(
-            self.trace(precision, batch_size, dropped=False),
-            self.trace(precision, batch_size, dropped=True),
+            self.trace(precision, batch_size, "plain"),
+            self.trace(precision, batch_size, "dropped"),
+            self.trace(precision, batch_size, "evaluation"),
             len(self._stages),
         )
 
-    def trace(self, precision: Precision, batch_size: int, *, dropped: bool) -> Trace:
-        """A fake step of two micro-batches; ``dropped``: one forward pass whose saved tensors are let go."""
+    def trace(self, precision: Precision, batch_size: int, run: Run) -> Trace:
+        """A fake ``plain`` step of two micro-batches, or one forward pass: ``dropped``, ``evaluation``."""
         model = self._workload.model
         trace = Trace()
         recording = False
@@ -187,33 +162,61 @@ class MemoryTracer:
             if recording:
                 trace.events.append(Alloc(key, size_bytes) if event == "alloc" else Free(key, size_bytes))
 
-        live = LiveStorages(block_bytes=self._block_bytes, observe=observe)
+        between = BetweenNodes()
+
+        def calling(func: Any, args: Any, kwargs: Any) -> None:
+            if not recording:
+                return
+            if between.now and is_sum_of_two(func, args, kwargs):
+                first = args[:1] if not args[0]._is_view() else ()
+                dense = (tensor for tensor in first if is_non_overlapping_and_dense_or_false(tensor))
+                trace.events.append(Accumulate(tuple(k for k in map(live.key_of, dense) if k is not None)))
+            else:
+                trace.events.append(Operate(kind_of(func, args, kwargs) if self._workspaces else None))
+
+        live = LiveStorages(block_bytes=self._block_bytes, observe=observe, calling=calling)
 
         def mark(window: Window, boundary: torch.Tensor | None) -> None:
+            if window[0] != "backward":
+                between.ended()
+            if window[0] == "optimizer":
+                make_state()
             if recording:
                 trace.events.append(Enter(window, live.key_of(boundary) if boundary is not None else None))
+
+        def make_state() -> None:
+            """An update before the one that is recorded, which finds the optimizer's state as every later one does."""
+            nonlocal recording
+            recording, before = False, live.live_bytes
+            optimizer.step()
+            trace.optimizer_state_bytes = live.live_bytes - before
+            recording = True
 
         def save(tensor: torch.Tensor) -> torch.Tensor | None:
             key = live.key_of(tensor)
             if recording and key is not None:
                 trace.events.append(Save(key))
-            return None if dropped else tensor
+            return None if run == "dropped" else tensor
 
         marks = WindowMarks(self._stages, mark)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        batches = [fake_batch(mode, self._workload.batch(batch_size)) for _ in range(2)]
+        device = DEVICE if self._absent else None
+        batches = [fake_batch(mode, self._workload.worst_batch(batch_size), device) for _ in range(2)]
         with (
-            fake_parameters(model, mode),
+            fake_parameters(model, mode, device),
             mode,
-            RealIntegers(),
+            RealIntegers(device),
+            graph_ends(model, self._absent),
             live,
             marks.watching(model),
             torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+            standing_in(self._absent),
         ):
             optimizer = build_optimizer(self._optimizer, model)
+            numbers_in_updates(optimizer)
             stepper = Stepper(
                 model=model,
-                loss=self._workload.loss,
+                loss=lambda model, batch: between.watch(self._workload.loss(model, batch)),
                 optimizer=optimizer,
                 precision=precision,
                 device_type=self._device_type,
@@ -228,22 +231,22 @@ class MemoryTracer:
             before = live.live_bytes
             live.track(leaf for leaf in tree_leaves(batches) if isinstance(leaf, torch.Tensor))
             trace.batch_bytes = live.live_bytes - before
-            if dropped:
+            if run == "plain":
+                recording = True
+                stepper.step(batches, 2, marks)
+            else:
+                evaluates = run == "evaluation"
+                model.train(not evaluates)
                 recording = True
                 marks.forward_begins(0)
-                with stepper.autocast():
-                    torch.set_autocast_cache_enabled(False)
+                with torch.set_grad_enabled(not evaluates), stepper.autocast():
+                    torch.set_autocast_cache_enabled(evaluates)
                     loss = stepper.loss(model, batches[0])
                 marks.backward_begins(0)
-                recording = False
                 del loss
-                return trace
-            before = live.live_bytes
-            stepper.step(batches, 2)
-            trace.optimizer_state_bytes = live.live_bytes - before
-            recording = True
-            stepper.step(batches, 2, marks)
+                model.train()
             recording = False
+        trace.events = settle(trace.events, self._workspaces)
         return trace
 
 
@@ -269,6 +272,7 @@ class _Analysis:
     plain: Trace
     stages: list[_StageAnalysis]
     optimizer: list[int]
+    evaluation: list[int]
 
 
 @dataclass(slots=True)
@@ -302,7 +306,7 @@ def _lives(
     return lives, inputs, saved
 
 
-def _analyse(plain: Trace, dropped: Trace, length: int) -> _Analysis:
+def _analyse(plain: Trace, dropped: Trace, evaluation: Trace, length: int) -> _Analysis:
     stages = [_StageAnalysis() for _ in range(length)]
     lives, inputs, saved = _lives(plain)
     keys = [[inputs.get(("forward", m, i)) for i in range(length)] for m in range(2)]
@@ -322,7 +326,7 @@ def _analyse(plain: Trace, dropped: Trace, length: int) -> _Analysis:
         )
     optimizer = _walk_plain(plain, stages, lives, owner)
     _walk_dropped(dropped, stages)
-    return _Analysis(plain, stages, optimizer)
+    return _Analysis(plain, stages, optimizer, list(evaluation.levels()))
 
 
 def _survives_forward(life: _Life) -> bool:
@@ -365,10 +369,11 @@ def _walk_plain(
             return False
         return key in owner and lives[key].born[1] == micro_batch and owner[key] < stage
 
-    def add_point() -> None:
-        points.append(total - excluded)
+    def add_point(inside: int = 0) -> None:
+        level = total - excluded + inside
+        points.append(level)
         if window[:2] == ("forward", 0):
-            stages[window[2]].rebuild_first.append(total - excluded - sum(leftovers.values()))
+            stages[window[2]].rebuild_first.append(level - sum(leftovers.values()))
 
     for event in trace.events:
         match event:
@@ -402,6 +407,8 @@ def _walk_plain(
                 alive[key] = size
                 total += size
                 add_point()
+            case Peak(size_bytes=size):
+                add_point(size)
             case Free(key=key) if key in alive:
                 size = alive.pop(key)
                 total -= size
@@ -441,6 +448,9 @@ def _walk_dropped(trace: Trace, stages: list[_StageAnalysis]) -> None:
                 total += size
                 stages[current].dropped.append(total - excluded)
                 stages[current].dropped_first.append(total - excluded + returned)
+            case Peak(size_bytes=size):
+                stages[current].dropped.append(total - excluded + size)
+                stages[current].dropped_first.append(total - excluded + size + returned)
             case Free(key=key) if key in alive:
                 size = alive.pop(key)
                 total -= size

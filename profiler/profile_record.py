@@ -21,6 +21,12 @@ from profiler.workload_spec import WorkloadSpec
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 
+OPTIMIZERS = ("adamw", "adamw-foreach", "adamw-loop", "sgd", "adafactor")
+"""What ``profiler.step.build_optimizer`` can build."""
+
+TimeSource = Literal["measured", "roofline"]
+"""Where times come from: steps that were timed, or rates and what operations compute and move."""
+
 Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(ge=0)]
 
@@ -72,7 +78,11 @@ class StageMemory(Record):
 
 
 class PrecisionMemory(Record):
-    """The memory of a step at one precision: what is always there, the optimizer's window, the stages."""
+    """The memory of a step at one precision: what is always there, the optimizer's window, the stages.
+
+    ``evaluation``: a forward pass and loss without gradients. ``segment_bytes``: what a recomputed segment keeps
+    besides its input, the random state it began with.
+    """
 
     parameter_bytes: int
     buffer_bytes: int
@@ -81,6 +91,8 @@ class PrecisionMemory(Record):
     batch: AffineBytes
     optimizer: Curve
     stages: tuple[StageMemory, ...]
+    evaluation: Curve = ((0.0, 0.0),)
+    segment_bytes: int = 0
 
 
 class StageTime(Record):
@@ -97,7 +109,7 @@ class StepTime(Record):
 
     ``update_seconds``: clipping, optimizer, gradients to None. ``host_seconds``: per micro-batch, between the
     windows. ``spread``: relative half-width of the middle half of the measured step times, the noise of this
-    measurement.
+    measurement. ``steps_timed`` 0: nothing was run, the times are a roofline's and ``spread`` is the error it states.
     """
 
     micro_batch_size: Positive
@@ -105,7 +117,7 @@ class StepTime(Record):
     update_seconds: Seconds
     host_seconds: Seconds
     step_seconds: Seconds
-    steps_timed: Positive
+    steps_timed: Annotated[int, Meta(ge=0)]
     spread: Annotated[float, Meta(ge=0)]
 
 
@@ -148,35 +160,109 @@ class StageRecord(Record):
     parameter_count: int
 
 
+class ParameterRecord(Record):
+    """A parameter in the model's order: its module, its elements, and the stages whose module calls use it.
+
+    Two modules that share a parameter have one record with the first one's name.
+    """
+
+    module: str
+    count: Positive
+    stages: tuple[int, ...]
+    trainable: bool = True
+
+
+class Link(Record):
+    """How fast ``world_size`` processes move data between them: ``latency + bytes / rate`` seconds a message.
+
+    ``bytes_per_second``: what one process sends (and receives) of it, as collectives are compared by.
+    """
+
+    world_size: Annotated[int, Meta(ge=2)]
+    backend: Literal["gloo", "nccl"]
+    latency_seconds: Seconds
+    bytes_per_second: Annotated[float, Meta(gt=0)]
+    error: Annotated[float, Meta(ge=0)]
+
+
 class DeviceRecord(Record):
-    """The device that was measured: what a plan's time is true for."""
+    """The device that was measured: what a plan's time is true for. ``catalogue``: its name there, if only named."""
 
     kind: Literal["cpu", "cuda"]
     name: str
     memory_bytes: Positive
     threads: Positive | None = None
+    catalogue: str | None = None
 
 
 class MemoryCheck(Record):
-    """One real plain step on the device, beside what the curves say of it. ``reserved`` only on CUDA."""
+    """The allocator's peak over one real plain step on the device. ``reserved`` only on CUDA."""
 
     precision: Precision
     micro_batch_size: Positive
     gradient_accumulation_steps: Positive
-    predicted_bytes: Positive
     measured_bytes: Positive
     measured_reserved_bytes: Positive | None = None
+
+
+EnergySource = Literal["nvml", "rapl", "stated"]
+"""Who says what a device draws: NVML's counter, RAPL's, or the user."""
+
+Watts = Annotated[float, Meta(gt=0)]
+
+
+class PhaseWatts(Record):
+    """What one device draws at one precision, by kind of work. ``host``: between the windows, as when it waits."""
+
+    precision: Precision
+    forward_watts: Watts
+    backward_watts: Watts
+    optimizer_watts: Watts
+    host_watts: Watts
+
+
+class EnergyProfile(Record):
+    """Watts at every profiled precision. ``error``: their relative error as measured, None for stated ones."""
+
+    source: EnergySource
+    error: Annotated[float, Meta(ge=0)] | None
+    phases: tuple[PhaseWatts, ...]
+
+    def at(self, precision: Precision) -> PhaseWatts | None:
+        """The watts at a precision, or None when they are not known."""
+        return next((p for p in self.phases if p.precision == precision), None)
+
+
+class NoiseScale(Record):
+    """The gradient noise scale at the weights that were profiled, in samples; see profiler/noise.py.
+
+    ``noise_scale_samples`` is ``gradient_variance_trace / gradient_norm_squared``, None when the noise hides the
+    gradient. ``low`` and ``high``: its 95% interval, None where the steps do not bound it.
+    """
+
+    noise_scale_samples: Annotated[float, Meta(ge=0)] | None
+    low_samples: Annotated[float, Meta(ge=0)] | None
+    high_samples: Annotated[float, Meta(ge=0)] | None
+    gradient_norm_squared: float
+    gradient_variance_trace: float
+    micro_batch_size: Positive
+    micro_batches: Annotated[int, Meta(ge=2)]
+    steps: Annotated[int, Meta(ge=2)]
 
 
 class ProfileCost(Record):
     """What the profile itself took: seconds in all, and micro-batches run on the device."""
 
     seconds: Seconds
-    micro_batches_run: Positive
+    micro_batches_run: Annotated[int, Meta(ge=0)]
 
 
 class Profile(Document, tag="profile"):
-    """All that planning needs to know of a model on a device. ``workload`` None: made by the Python API."""
+    """All that planning needs to know of a model on a device. ``workload`` None: made by the Python API.
+
+    ``memory_check`` None: nothing was run (profiler/unmeasured.py). ``parameters``: what several processes deal out.
+    ``link`` None: it was not measured how processes reach each other, so nothing is planned for more than one.
+    """
 
     current_version: ClassVar[int] = 1
     schema_version: int = current_version
@@ -190,8 +276,18 @@ class Profile(Document, tag="profile"):
     stages: tuple[StageRecord, ...]
     precisions: tuple[PrecisionProfile, ...]
     hopeless: tuple[HopelessPrecision, ...]
-    memory_check: MemoryCheck
+    memory_check: MemoryCheck | None
     cost: ProfileCost
+    energy: EnergyProfile | None = None
+    noise_scale: NoiseScale | None = None
+    parameters: tuple[ParameterRecord, ...] = ()
+    link: Link | None = None
+
+    @property
+    def time_source(self) -> TimeSource:
+        """Whether steps were timed."""
+        timed = all(step.steps_timed for precision in self.precisions for step in precision.wall)
+        return "measured" if timed else "roofline"
 
     def at(self, precision: Precision) -> PrecisionProfile | None:
         """The measurements at a precision, or None when it was not profiled."""

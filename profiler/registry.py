@@ -1,7 +1,9 @@
-"""From the name of a workload to the workload: the two of ours, and anyone's by import.
+"""From the name of a workload to the workload: the two of ours, a library's, and anyone's by import.
 
     gpt2                      GPT-2 small from its configuration, random weights, random tokens
     resnet50                  ResNet-50 for ten classes, random weights, random images of CIFAR-10's size
+    transformers:NAME_OR_DIR  any model type of transformers, or a folder with a config.json
+    torchvision:NAME          torchvision's models of image and video classification and segmentation
     package.module:function   whatever ``function()`` returns; also from the current directory
 
 Nothing is downloaded. The same name and seed give the same weights and batches, and building leaves the
@@ -20,7 +22,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from profiler.workload_spec import WorkloadError, WorkloadSpec, resolve
+from profiler.workload_spec import WorkloadError, WorkloadSpec, described, library_model, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +42,17 @@ def build(spec: WorkloadSpec, *, seed: int = 0) -> Workload:
             case WorkloadSpec(name="resnet50", image_size=int(size)):
                 return _resnet50(size, seed)
             case _:
+                pass
+        match library_model(spec.name):
+            case ("transformers", name):
+                from profiler import transformers_workload
+
+                return transformers_workload.named(name, spec, seed)
+            case (_, name):
+                from profiler import torchvision_workload
+
+                return torchvision_workload.named(name, spec, seed)
+            case None:
                 return _imported(spec.name)
 
 
@@ -88,7 +101,7 @@ def _resnet50(image_size: int, seed: int) -> Workload:
 
     def batch(size: int) -> dict[str, torch.Tensor]:
         if size == 1 and image_size <= downsampling:
-            raise ValueError(
+            raise WorkloadError(
                 f"The micro-batch of resnet50 must be at least 2 for images of {image_size}x{image_size}, "
                 f"got 1: its last BatchNorm sees one value of each image. "
                 f"Use 2 or more, or images larger than {downsampling}x{downsampling}."
@@ -112,7 +125,7 @@ def _imported(name: str) -> Workload:
     try:
         workload = function()
     except Exception as error:
-        raise WorkloadError(f"{name}() raised {_described(error)}.") from error
+        raise WorkloadError(f"{name}() raised {described(error)}.") from error
     if not isinstance(workload, Workload):
         missing = " Does it lack a return statement?" if workload is None else ""
         raise WorkloadError(
@@ -134,9 +147,9 @@ def _module(name: str) -> ModuleType:
                 f"The module of a workload must be importable from {os.getcwd()} or be installed, "
                 f"got {name}: {error}. Change directory or set PYTHONPATH."
             ) from error
-        raise WorkloadError(f"Importing {name} raised {_described(error)}.") from error
+        raise WorkloadError(f"Importing {name} raised {described(error)}.") from error
     except (Exception, SystemExit) as error:
-        raise WorkloadError(f"Importing {name} raised {_described(error)}.") from error
+        raise WorkloadError(f"Importing {name} raised {described(error)}.") from error
 
 
 def _function(module: ModuleType, name: str) -> Callable[[], Any]:
@@ -155,9 +168,3 @@ def _function(module: ModuleType, name: str) -> Callable[[], Any]:
         f"{module.__name__}:{name} must be a function that returns a profiler.Workload, but {found}. "
         f"Functions of {module.__name__}: {', '.join(own) or 'none'}.{suggestion}"
     )
-
-
-def _described(error: BaseException) -> str:
-    """An exception's type and the text of it, on one line."""
-    text = " ".join(str(error).split()).rstrip(".")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

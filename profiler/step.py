@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from profiler.profile_record import Precision
+from profiler import absent
+from profiler.profile_record import OPTIMIZERS, Precision
 
 AUTOCAST_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
-OPTIMIZERS = ("adamw", "sgd")
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -60,6 +60,8 @@ class Stepper:
         dtype = AUTOCAST_DTYPES.get(self.precision)
         if dtype is None:
             return contextlib.nullcontext()
+        if self.device_type == "cuda" and not torch.cuda.is_available():
+            return absent.autocast(dtype)
         return torch.autocast(self.device_type, dtype=dtype)
 
     def step(
@@ -111,17 +113,25 @@ class Stepper:
 def build_optimizer(
     name: str, model: nn.Module, *, learning_rate: float = 1e-4, weight_decay: float = 0.01
 ) -> torch.optim.Optimizer:
-    """The optimizer that a profile or plan names. Fused: loop and foreach variants need temporaries."""
+    """The optimizer that a profile or plan names, over the parameters that require gradients.
+
+    ``adamw`` and ``sgd`` are fused: one pass over each parameter, no temporaries. ``adamw-foreach`` and ``adamw-loop``
+    are torch's other two implementations, which make temporaries the size of all parameters or of one.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if name == "adamw":
-        return torch.optim.AdamW(
-            parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True
-        )
-    if name == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=learning_rate, momentum=0.9, weight_decay=weight_decay, fused=True
-        )
-    raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
+    decay = weight_decay
+    match name:
+        case "adamw" | "adamw-foreach" | "adamw-loop":
+            implementation = {"fused": name == "adamw", "foreach": name == "adamw-foreach"}
+            return torch.optim.AdamW(
+                parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=decay, **implementation
+            )
+        case "sgd":
+            return torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9, weight_decay=decay, fused=True)
+        case "adafactor":
+            return torch.optim.Adafactor(parameters, lr=learning_rate, weight_decay=decay)
+        case _:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
 
 
 def build_scaler(precision: Precision, device_type: str) -> torch.amp.GradScaler | None:

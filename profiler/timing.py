@@ -6,7 +6,8 @@ time:
     step:    F0 | F1 | ... | F_L-1 | B_L-1 | ... | B0 | F0 | ... | B0 | update
     micro-batch 0: gradients appear                     1: gradients are added to
 
-One step warms up, a few are timed, and the median over them is kept. On a CPU a mark reads the wall clock and
+One step warms up, on the largest batches there are, and shows what memory kernels take inside; a few are timed, and
+the median over them is kept. On a CPU a mark reads the wall clock and
 the process's CPU clock; on CUDA it records an event, and all are read after the step. The learning rate is
 zero and the buffers are put back, so the model is what it was.
 """
@@ -26,10 +27,12 @@ from torch.utils._pytree import tree_map_only
 
 from profiler.chain import Stage
 from profiler.device import keep_freed_memory, process_cpu_seconds, synchronize
-from profiler.memory import Window, WindowMarks
+from profiler.events import Window
+from profiler.memory import WindowMarks
 from profiler.profile_record import Precision, StageTime, StepTime
 from profiler.step import Stepper, build_optimizer, build_scaler
 from profiler.workload import Workload
+from profiler.workspaces import Workspaces
 
 MICRO_BATCHES_PER_STEP = 2
 """The first micro-batch makes gradients, the second adds to them; every later one is like the second."""
@@ -74,6 +77,7 @@ def on_device(workload: Workload, device: torch.device) -> Iterator[Workload]:
                 batch=lambda size: to_device(workload.batch(size), device),
                 loss=workload.loss,
                 name=workload.name,
+                longest_batch=lambda size: to_device(workload.worst_batch(size), device),
             )
         finally:
             model.to(home)
@@ -111,8 +115,12 @@ def measure_times(
     micro_batch_size: int,
     device: torch.device,
     steps: int,
+    workspaces: Workspaces,
 ) -> Timing:
-    """Median times of ``steps`` optimizer steps of two micro-batches; the model is already on ``device``."""
+    """Median times of ``steps`` optimizer steps of two micro-batches; the model is already on ``device``.
+
+    ``workspaces`` learns from the step that warms up.
+    """
     stepper = stepper_for(workload, optimizer, precision, device)
     clock = _CudaClock() if device.type == "cuda" else _CpuClock()
     saves = _LastSave(clock)
@@ -123,7 +131,12 @@ def measure_times(
         for index in range(steps + 1):
             synchronize(device)
             clock.start()
-            loss = stepper.step(batches, MICRO_BATCHES_PER_STEP, marks)
+            if index:
+                loss = stepper.step(batches, MICRO_BATCHES_PER_STEP, marks)
+            else:
+                worst = (workload.worst_batch(micro_batch_size) for _ in range(MICRO_BATCHES_PER_STEP))
+                with workspaces.watching():
+                    loss = stepper.step(worst, MICRO_BATCHES_PER_STEP, marks)
             synchronize(device)
             reading = clock.read()
             saves.learn()

@@ -1,12 +1,12 @@
 """How far is a composed peak from the executed one?
 
 A profile holds curves of single windows, traced from one plain step; planner/memory.py composes the peak of
-any plan from them. Here random plans are composed, and then run with their segments under fake tensors, which
-needs no memory:
+any plan from them. Here random plans are composed, and then run with their segments while the allocator tells its
+peak:
 
     random segments, b, k, precision ──▶ timeline ──▶ predicted peak ─┐
                         │                                             ├──▶ relative error
-                        └──▶ Checkpoints, two fake steps ──▶ executed ┘
+                        └──▶ Checkpoints, two real steps ─▶ allocator ┘
 
 The largest error over all plans is what ``planner.cost.COMPOSITION_ERROR`` states.
 
@@ -16,31 +16,28 @@ The largest error over all plans is what ``planner.cost.COMPOSITION_ERROR`` stat
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torchvision
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from executor.recompute import Checkpoints, Stretch
 from planner.cost import COMPOSITION_ERROR
 from planner.memory import peak_window, timeline
 from planner.placement import Segments
+from profiler.allocator import measure_step
 from profiler.chain import Call, Stage, discover, recomputable_stages
-from profiler.fake import RealIntegers, fake_batch, fake_parameters
-from profiler.live import LiveStorages
-from profiler.measure import FAKE_BATCH_SIZES
 from profiler.memory import MemoryTracer
 from profiler.profile_record import Precision, PrecisionMemory
-from profiler.step import Stepper, build_optimizer
+from profiler.timing import stepper_for
 from profiler.workload import Workload
+from profiler.workspaces import Workspaces
+from studies.accuracy import random_segments
+from studies.workloads import classifier, gpt2_of_three_blocks, mlp
 
 TRACED_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
@@ -69,44 +66,34 @@ def predicted_peak_bytes(memory: PrecisionMemory, setting: Setting) -> int:
 
 
 def executed_peak_bytes(
-    workload: Workload,
-    stages: Sequence[Stage],
-    setting: Setting,
-    *,
-    optimizer: str = "adamw",
-    fake: bool = True,
+    workload: Workload, stages: Sequence[Stage], setting: Setting, *, optimizer: str = "adamw"
 ) -> int:
-    """The peak of the second step when the plan is run on the CPU, under fake tensors or for real.
+    """The allocator's peak over the second step of the plan on the CPU; the first makes the optimizer's state.
 
-    The first step makes the optimizer's state. A real run has a learning rate of zero.
+    The learning rate is zero.
     """
     model, k = workload.model, setting.gradient_accumulation_steps
     batches = [workload.batch(setting.micro_batch_size) for _ in range(k)]
     checkpoints = Checkpoints(model, stretches(stages, setting.segments))
-    with contextlib.ExitStack() as stack:
-        stack.callback(checkpoints.remove)
-        if fake:
-            mode = FakeTensorMode(allow_non_fake_inputs=True)
-            batches = [fake_batch(mode, batch) for batch in batches]
-            stack.enter_context(fake_parameters(model, mode))
-            stack.enter_context(mode)
-            stack.enter_context(RealIntegers())
-        stepper = Stepper(
-            model=model,
-            loss=workload.loss,
-            optimizer=build_optimizer(optimizer, model, learning_rate=0.0, weight_decay=0.0),
-            precision=setting.precision,
-            device_type="cpu",
-        )
-        live = LiveStorages()
-        stack.enter_context(live)
-        live.track(model.parameters())
-        live.track(model.buffers())
-        live.track(leaf for leaf in tree_leaves(batches) if isinstance(leaf, torch.Tensor))
+    try:
+        stepper = stepper_for(workload, optimizer, setting.precision, torch.device("cpu"))
         stepper.step(batches, k)
-        live.peak_bytes = live.live_bytes
-        stepper.step(batches, k)
-        return live.peak_bytes
+        step = functools.partial(stepper.step, batches, k)
+        return measure_step(step, model, stepper.optimizer, batches, torch.device("cpu")).peak_bytes
+    finally:
+        checkpoints.remove()
+
+
+def tracer_of(
+    workload: Workload, stages: Sequence[Stage], batch_sizes: Sequence[int], optimizer: str = "adamw"
+) -> MemoryTracer:
+    """A tracer that knows the scratch memory of real steps at these micro-batch sizes, at every precision."""
+    workspaces = Workspaces(torch.device("cpu"))
+    for precision, size in itertools.product(TRACED_PRECISIONS, batch_sizes):
+        stepper = stepper_for(workload, optimizer, precision, torch.device("cpu"))
+        with workspaces.watching():
+            stepper.step([workload.batch(size) for _ in range(2)], 2)
+    return MemoryTracer(workload, stages, optimizer, workspaces=workspaces)
 
 
 def stretches(stages: Sequence[Stage], segments: Segments) -> tuple[Stretch, ...]:
@@ -115,21 +102,6 @@ def stretches(stages: Sequence[Stage], segments: Segments) -> tuple[Stretch, ...
     return tuple(
         Stretch(entries[start], entries[stop] if stop < len(entries) else None) for start, stop in segments
     )
-
-
-def random_segments(recomputable: Sequence[bool], generator: random.Random) -> Segments:
-    """Runs of stages: from each stage on, as likely kept as not, one to six long."""
-    segments: list[tuple[int, int]] = []
-    start = 0
-    while start < len(recomputable):
-        stop = start
-        longest = start + generator.randint(1, 6)
-        while stop < min(longest, len(recomputable)) and recomputable[stop]:
-            stop += 1
-        if stop > start and generator.random() < 0.5:
-            segments.append((start, stop))
-        start = max(stop, start + 1)
-    return tuple(segments)
 
 
 def random_settings(
@@ -147,54 +119,22 @@ def random_settings(
         )
 
 
-def gpt2_of_three_blocks() -> Workload:
-    """GPT-2's smallest with three of its twelve blocks, at 256 tokens."""
-    config = GPT2Config(n_layer=3, use_cache=False)
-
-    def batch(size: int) -> dict[str, torch.Tensor]:
-        tokens = torch.randint(config.vocab_size, (size, 256))
-        return {"input_ids": tokens, "labels": tokens}
-
-    def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        value: torch.Tensor = model(**batch).loss
-        return value
-
-    return Workload(model=GPT2LMHeadModel(config).train(), batch=batch, loss=loss)
-
-
-def classifier(model: nn.Module, *shape: int) -> Workload:
-    """Ten classes of random inputs of one shape."""
-
-    def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.randn(size, *shape), torch.randint(10, (size,))
-
-    def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1])
-
-    return Workload(model=model.train(), batch=batch, loss=loss)
-
-
-def mlp() -> Workload:
-    """Five hidden layers of 512 for images of 28 x 28."""
-    hidden = [layer for _ in range(4) for layer in (nn.Linear(512, 512), nn.GELU())]
-    return classifier(nn.Sequential(nn.Linear(784, 512), nn.GELU(), *hidden, nn.Linear(512, 10)), 784)
-
-
 MODELS: dict[str, Callable[[], Workload]] = {
     "gpt2, 3 blocks": gpt2_of_three_blocks,
     "resnet50": lambda: classifier(torchvision.models.resnet50(num_classes=10), 3, 64, 64),
     "vit_b_16": lambda: classifier(torchvision.models.vit_b_16(num_classes=10), 3, 224, 224),
     "mlp": mlp,
 }
-BATCH_SIZES = (1, 2, 3, 5, 16)
+BATCH_SIZES = (1, 2, 3, 4, 8)
+TRACED_SIZES = (2, 8)
 
 
 def errors_of(workload: Workload, plans: int, seed: int) -> list[tuple[Setting, int, int]]:
     """``(setting, predicted bytes, executed bytes)`` of random plans of one workload."""
-    stages = discover(workload, FAKE_BATCH_SIZES[0])
-    tracer = MemoryTracer(workload, stages, "adamw")
+    stages = discover(workload)
+    tracer = tracer_of(workload, stages, (1, *TRACED_SIZES))
     memory = {
-        (precision, at_one): tracer.memory(precision, (1, 1) if at_one else FAKE_BATCH_SIZES)
+        (precision, at_one): tracer.memory(precision, (1, 1) if at_one else TRACED_SIZES)
         for precision in TRACED_PRECISIONS
         for at_one in (True, False)
     }

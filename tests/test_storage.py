@@ -9,7 +9,8 @@ from pathlib import Path
 import optuna
 import pytest
 
-from planner.storage import default_storage_url, open_storage, state_directory
+from planner.state import state_directory
+from planner.storage import default_storage_url, open_storage
 
 HOME = Path("/home/ada")
 

@@ -173,11 +173,26 @@ class TestBuild:
         [
             (
                 "gpt3",
-                "A workload must be gpt2, resnet50, or package.module:function, got 'gpt3'. "
+                "A workload must be gpt2, resnet50, transformers:NAME, torchvision:NAME, or "
+                "package.module:function, got 'gpt3'. "
                 "Did you mean gpt2?",
             ),
             ("ResNet50", "got 'ResNet50'. Did you mean resnet50?"),
-            ("", "A workload must be gpt2, resnet50, or package.module:function, got ''."),
+            ("", "or package.module:function, got ''."),
+            ("transformers:", "or package.module:function, got 'transformers:'."),
+            (
+                "transformers:brt",
+                "such as bert, llama, t5 or vit, or a folder with a config.json, got 'brt'. Did you mean bert",
+            ),
+            ("transformers:./nowhere", "or a folder with a config.json, got './nowhere'."),
+            ("transformers:siglip_text_model", "is no model by itself: transformers lists no class"),
+            ("transformers:layoutlmv2", "layoutlmv2 cannot be built by transformers"),
+            ("torchvision:resnet19", "got 'resnet19'. Did you mean resnet18"),
+            (
+                "torchvision:fasterrcnn_resnet50_fpn",
+                "its loss needs boxes, a different number in every image",
+            ),
+            ("torchvision:quantized_resnet18", "it is for inference only"),
             ("tests.workloads.tiny:", "got 'tests.workloads.tiny:'."),
             (
                 "tests/workloads/tiny.py:linear",
@@ -223,6 +238,123 @@ class TestBuild:
         with pytest.raises(WorkloadError) as caught:
             build(WorkloadSpec(name="tests.workloads.tiny:raises"))
         assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+TINY_BERT = {
+    "model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 64, "vocab_size": 100, "max_position_embeddings": 40, "type_vocab_size": 2,
+}  # fmt: skip
+
+
+def folder(path: Path, **settings: object) -> str:
+    """A folder with a configuration, by the name that a user types."""
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(msgspec.json.encode(TINY_BERT | settings).decode())
+    return f"transformers:{path}"
+
+
+class TestTransformers:
+    def test_a_bare_type_is_built_with_the_head_that_it_is_made_for(self) -> None:
+        """BERT's and BART's decoders alone are classes too, but nobody means them."""
+        heads = {name: type(build(WorkloadSpec(name=f"transformers:{name}")).model).__name__ for name in
+                 ("gpt2", "distilbert", "t5")}  # fmt: skip
+        assert heads == {
+            "gpt2": "GPT2LMHeadModel",
+            "distilbert": "DistilBertForMaskedLM",
+            "t5": "T5ForConditionalGeneration",
+        }
+
+    def test_a_folder_with_architectures_is_built_as_the_first_of_them_that_can_be_trained(
+        self, tmp_path: Path
+    ) -> None:
+        for architecture, labels in {
+            "BertLMHeadModel": (2, 40),
+            "BertForSequenceClassification": (2,),
+            "BertForTokenClassification": (2, 40),
+        }.items():
+            workload = build(WorkloadSpec(name=folder(tmp_path / "bert", architectures=[architecture])))
+            assert type(workload.model).__name__ == architecture
+            assert workload.batch(2)["labels"].shape == labels
+            assert workload.loss(workload.model, workload.batch(2)).isfinite()
+            assert workload.label == "bert"
+
+    def test_an_architecture_without_a_loss_of_its_own_is_refused_with_those_that_there_are(
+        self, tmp_path: Path
+    ) -> None:
+        with pytest.raises(
+            WorkloadError, match=r"got BertForNextSentencePrediction\. Of this model type: .*Bert"
+        ):
+            build(WorkloadSpec(name=folder(tmp_path, architectures=["BertForNextSentencePrediction"])))
+
+    def test_weights_are_fp32_whatever_the_configuration_was_saved_in(self, tmp_path: Path) -> None:
+        workload = build(WorkloadSpec(name=folder(tmp_path, dtype="bfloat16")))
+        assert {p.dtype for p in workload.model.parameters()} == {torch.float32}
+
+    def test_sequences_are_as_long_as_asked_for_or_as_the_model_takes_up_to_256(self, tmp_path: Path) -> None:
+        name = folder(tmp_path)
+        assert build(WorkloadSpec(name=name)).batch(1)["input_ids"].shape == (1, 40)
+        assert build(WorkloadSpec(name=name, sequence_length=7)).batch(1)["input_ids"].shape == (1, 7)
+        with pytest.raises(WorkloadError, match=r"\(--seq-len\) of .* must be from 2 to 40, got 41\."):
+            build(WorkloadSpec(name=name, sequence_length=41))
+        with pytest.raises(
+            WorkloadError, match=r"takes no image_size .*, got 8\. Leave it out, or give --seq-len"
+        ):
+            build(WorkloadSpec(name=name, image_size=8))
+
+    def test_no_token_is_a_special_one(self, tmp_path: Path) -> None:
+        workload = build(WorkloadSpec(name=folder(tmp_path, vocab_size=4, pad_token_id=1, eos_token_id=3)))
+        assert set(workload.batch(50)["input_ids"].flatten().tolist()) == {0, 2}
+
+    def test_images_have_the_size_that_was_asked_for_and_so_has_the_model(self) -> None:
+        workload = build(WorkloadSpec(name="transformers:vit", image_size=32))
+        assert workload.batch(2)["pixel_values"].shape == (2, 3, 32, 32)
+        assert workload.loss(workload.model, workload.batch(2)).isfinite()
+        with pytest.raises(WorkloadError, match="takes no sequence_length"):
+            build(WorkloadSpec(name="transformers:vit", sequence_length=32))
+
+    def test_what_no_memory_holds_is_refused_before_it_is_made(self, tmp_path: Path) -> None:
+        with pytest.raises(WorkloadError, match=r"must fit in this machine's memory, got \d+\.\d GiB"):
+            build(WorkloadSpec(name=folder(tmp_path, num_hidden_layers=10, hidden_size=2**18)))
+
+    def test_a_broken_configuration_is_refused_in_one_line(self, tmp_path: Path) -> None:
+        with pytest.raises(WorkloadError, match="must be a configuration of a model type") as caught:
+            build(WorkloadSpec(name=folder(tmp_path, model_type="mine")))
+        assert "\n" not in str(caught.value)
+
+
+class TestTorchvision:
+    def test_classifiers_take_the_images_that_their_published_weights_take(self) -> None:
+        workload = build(WorkloadSpec(name="torchvision:squeezenet1_1"))
+        assert workload.batch(2)["images"].shape == (2, 3, 224, 224)
+        assert workload.label == "squeezenet1_1"
+
+    def test_a_network_with_a_fixed_size_of_image_is_built_for_the_one_asked_for(self) -> None:
+        workload = build(WorkloadSpec(name="torchvision:vit_b_32", image_size=64))
+        assert workload.loss(workload.model, workload.batch(2)).isfinite()
+
+    def test_auxiliary_classifiers_weigh_three_tenths(self) -> None:
+        """Three outputs with equal scores over 1000 classes: (1 + 0.3 + 0.3) ln 1000."""
+        workload = build(WorkloadSpec(name="torchvision:googlenet", image_size=64))
+
+        class Constant(torch.nn.Module):
+            def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                return tuple(torch.zeros(len(x), 1000) for _ in range(3))
+
+        loss = workload.loss(Constant(), workload.batch(2)).item()
+        assert loss == pytest.approx(1.6 * math.log(1_000))
+        assert len(workload.model(torch.randn(2, 3, 64, 64))) == 3
+
+    def test_segmentation_has_a_label_for_every_pixel(self) -> None:
+        workload = build(WorkloadSpec(name="torchvision:lraspp_mobilenet_v3_large", image_size=64))
+        batch = workload.batch(2)
+        assert batch["labels"].shape == (2, 64, 64)
+        assert workload.loss(workload.model, batch).isfinite()
+
+    def test_no_text_is_read(self) -> None:
+        with pytest.raises(
+            WorkloadError, match=r"takes no sequence_length .*, got 8\. Leave it out, or give --image"
+        ):
+            build(WorkloadSpec(name="torchvision:vgg11", sequence_length=8))
 
 
 class TestWorkloadSpec:

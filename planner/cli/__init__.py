@@ -1,4 +1,4 @@
-"""The command line: ``planner profile | optimize | explain | verify | train | dashboard``.
+"""The command line: ``planner profile | optimize | explain | verify | train | dashboard | devices``.
 
 A command parses its flags, calls the library, and prints; it imports what it needs when it runs, so that help
 comes at once. What was asked for goes to stdout, everything else to stderr, and the exit code says how it
@@ -15,8 +15,8 @@ ended:
 Our own refusals are ValueErrors, and a bug may end in a ValueError too. What tells them apart is where it
 comes from: a refusal is a ``raise`` statement in a module of ours, while a bug's comes out of a call, an
 unpacking or a conversion. So one line and exit code 2 are for ValueErrors that our own code says in so many
-words; any other shows its traceback. That includes a workload of the user's that raises while it runs: its
-traceback is what the user needs.
+words; any other shows its traceback. What a workload of the user's raises is a refusal too: profiling tries every
+call of it first, and says in one line which call, which module and which line of the user's it was.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from planner.cli import dashboard, explain, optimize, profile, train, verify
+from planner.cli import dashboard, devices, explain, optimize, profile, train, verify
 
-COMMANDS = (profile, optimize, explain, verify, train, dashboard)
+COMMANDS = (profile, optimize, explain, verify, train, dashboard, devices)
 OURS = {"planner", "profiler", "executor"}
 
 BROKEN_PIPE = 141

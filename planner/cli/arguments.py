@@ -69,6 +69,15 @@ def precisions(text: str) -> tuple[str, ...]:
     return _some_of(PRECISIONS, text)
 
 
+def optimizer(text: str) -> str:
+    """One of the optimizers that a step can be run with."""
+    from profiler.profile_record import OPTIMIZERS
+
+    if text not in OPTIMIZERS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(OPTIMIZERS)}, got {text!r}")
+    return text
+
+
 def zero_stages(text: str) -> tuple[int, ...]:
     """Some of the stages of ZeRO, ``0,1``."""
     return tuple(int(stage) for stage in _some_of(("0", "1", "2", "3"), text))

@@ -32,7 +32,19 @@ def run(args: argparse.Namespace) -> int:
 
 def show(why: Explanation) -> None:
     """The explanation, in sentences."""
-    from planner.cli.output import BASELINES, NEGLIGIBLE, console, facts, heading, of_bytes, of_seconds, table
+    from planner.cli.output import (
+        BASELINES,
+        NEGLIGIBLE,
+        console,
+        facts,
+        heading,
+        of_bytes,
+        of_joules,
+        of_noise_scale,
+        of_seconds,
+        of_source,
+        table,
+    )
 
     out = console()
     out.print(heading(f"{why.model}: {_verdict(why)}"))
@@ -45,7 +57,7 @@ def show(why: Explanation) -> None:
             rows.add_row(name.replace("_", " "), of_bytes(value), f"{value / total:.0%}")
     out.print(rows)
     out.print()
-    out.print(heading("Where the time goes"))
+    out.print(heading(f"Where the time goes{of_source(why.time_source)}"))
     seconds = sum(why.step_parts.values())
     times = table("work", "per step", "share", right=("per step", "share"))
     for work, spent in why.step_parts.items():
@@ -53,6 +65,15 @@ def show(why: Explanation) -> None:
             times.add_row(work, of_seconds(spent), f"{spent / seconds:.0%}")
     out.print(times)
     out.print()
+    if why.energy_parts is not None:
+        out.print(heading("Where the energy goes"))
+        joules = sum(why.energy_parts.values())
+        drawn = table("work", "per step", "share", right=("per step", "share"))
+        for work, used in why.energy_parts.items():
+            if used >= NEGLIGIBLE * joules:
+                drawn.add_row(work, of_joules(used), f"{used / joules:.0%}")
+        out.print(drawn)
+        out.print()
     out.print(heading("Why not by hand"))
     out.print(facts([(BASELINES[other.name], _verdict_on(other, why)) for other in why.baselines]))
     out.print()
@@ -62,6 +83,16 @@ def show(why: Explanation) -> None:
         lines.append(("next faster", _at_budget(why.next_faster, why)))
     lines.append(("no limit", _at_budget(why.without_limit, why)))
     out.print(facts(lines))
+    if why.noise_scale is not None:
+        out.print()
+        out.print(heading("Other global batches"))
+        said = [("noise scale", of_noise_scale(why.noise_scale))]
+        if why.saved_by_doubling is not None:
+            batch, saved = why.global_batch_size, why.saved_by_doubling
+            said.append(
+                ("", f"doubling the global batch from {batch} to {2 * batch} saves {saved:.1%} of the steps")
+            )
+        out.print(facts(said))
 
 
 def _verdict(why: Explanation) -> str:

@@ -80,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from planner import calibration
     from planner.plan import Weights
     from planner.search import optimize
     from profiler import records
@@ -94,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         args.world_size,
         precisions=args.precision,
         zero_stages=args.zero_stage,
+        calibration=calibration.load(profile.device),
     )
     path: Path = args.output or Path(f"{_stem(args.profile)}.plan.json")
     study = None
@@ -124,7 +126,9 @@ def show(plan: Plan, path: Path, study: str | None) -> None:
         facts,
         heading,
         of_bytes,
+        of_joules,
         of_seconds,
+        of_source,
         table,
     )
     from planner.explain import explain, segment_runs
@@ -148,6 +152,16 @@ def show(plan: Plan, path: Path, study: str | None) -> None:
         for name, value in why.peak_parts.items()
         if value >= NEGLIGIBLE * predicted.peak_memory_bytes
     )
+    energy = []
+    if predicted.step_joules is not None and why.energy_parts is not None:
+        error = predicted.error.step_joules
+        sure = " at the stated watts" if error is None else f" ± {error:.1%}"
+        joules = ", ".join(
+            f"{name} {of_joules(value)}"
+            for name, value in why.energy_parts.items()
+            if value >= NEGLIGIBLE * predicted.step_joules
+        )
+        energy = [("energy", f"{of_joules(predicted.step_joules)}{sure}"), ("", joules)]
     proof = (
         f"proven optimal under the model ({plan.objective.plans_considered} plans considered)"
         if plan.objective.optimal
@@ -164,13 +178,18 @@ def show(plan: Plan, path: Path, study: str | None) -> None:
                 ("recomputed", recomputed[0]),
                 *(("", line) for line in recomputed[1:]),
                 ("", ""),
-                ("step time", f"{of_seconds(predicted.step_seconds)} ± {predicted.error.step_seconds:.1%}"),
+                (
+                    "step time",
+                    f"{of_seconds(predicted.step_seconds)} ± {predicted.error.step_seconds:.1%}"
+                    f"{of_source(plan.time_source)}",
+                ),
                 ("", time),
                 (
                     "peak memory",
                     f"{of_bytes(predicted.peak_memory_bytes)} ± {predicted.error.peak_memory_bytes:.1%}",
                 ),
                 ("", f"{memory}, at {why.peak_at}"),
+                *energy,
                 ("cost", f"{plan.objective.cost:.4f}, {proof}"),
             ]
         )

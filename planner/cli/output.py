@@ -11,12 +11,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from profiler.profile_record import NoiseScale, TimeSource
 
 PLAIN_WIDTH = 100
 """Columns to fill where stdout is not a terminal."""
@@ -82,6 +86,27 @@ def of_count(count: int) -> str:
         if count >= size:
             return f"{_three_digits(count / size)} {unit}"
     return str(count)
+
+
+def of_joules(joules: float) -> str:
+    """``52.8 J``, ``1.20 kJ``, ``517 mJ``."""
+    unit, factor = ("kJ", 1e-3) if joules >= 1e3 else ("J", 1.0) if joules >= 1 else ("mJ", 1e3)
+    return f"{_three_digits(joules * factor)} {unit}"
+
+
+def of_noise_scale(found: NoiseScale) -> str:
+    """``phi = 1.2 k samples [0.9 k, 1.5 k]``, or what is missing for it."""
+    if found.noise_scale_samples is None:
+        return "phi is not known: the noise hides the gradient. Probe more steps with --noise-scale STEPS."
+    bounds = "the steps bound it nowhere"
+    if found.low_samples is not None and found.high_samples is not None:
+        bounds = f"{found.low_samples:.4g} to {found.high_samples:.4g}"
+    return f"phi = {found.noise_scale_samples:.4g} samples [{bounds}]"
+
+
+def of_source(time_source: TimeSource) -> str:
+    """What to add to a time that nobody measured."""
+    return "" if time_source == "measured" else " (roofline, not measured)"
 
 
 def change(relative: float) -> str:

@@ -7,6 +7,7 @@ size.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 from pathlib import Path
@@ -17,12 +18,15 @@ from planner.cli import arguments
 if TYPE_CHECKING:
     from profiler.profile_record import Profile
 
+MODELS = "gpt2, resnet50, transformers:NAME_OR_DIR, torchvision:NAME or package.module:function"
 DEFAULT_BATCHES = {"resnet50": (16, 32, 64)}
 FALLBACK_BATCHES = (1, 2, 4)
+NOISE_STEPS = 8
+"""Probing steps of ``--noise-scale``: with 8, its 95% interval is wide (Student's t of 7 is 2.4) but not useless."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="gpt2, resnet50 or package.module:function")
+    parser.add_argument("model", metavar="MODEL", help=MODELS)
     parser.add_argument(
         "--batch",
         metavar="BATCHES",
@@ -30,10 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="micro-batch sizes to measure (default: 1,2,4; for resnet50: 16,32,64)",
     )
     parser.add_argument(
-        "--seq-len", metavar="N", type=arguments.count, help="tokens in a sequence (gpt2: 256)"
+        "--seq-len",
+        metavar="N",
+        type=arguments.count,
+        help="tokens in a sequence (default: 256 or the longest)",
     )
     parser.add_argument(
-        "--image-size", metavar="N", type=arguments.count, help="pixels a side (resnet50: 32)"
+        "--image-size",
+        metavar="N",
+        type=arguments.count,
+        help="pixels a side (default: the model's; resnet50: 32)",
     )
     parser.add_argument(
         "--precision",
@@ -42,9 +52,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=("fp32", "bf16"),
         help="of fp32, bf16, fp16 (default: fp32,bf16)",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
-        "--optimizer", choices=("adamw", "sgd"), default="adamw", help="adamw or sgd (default: adamw)"
+        "--all-precisions",
+        action="store_true",
+        help="also time a precision that is hopelessly slow here (left out otherwise)",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda, cuda:N, or one of `planner devices`, on which nothing is run (default: auto)",
+    )
+    parser.add_argument(
+        "--fake", action="store_true", help="run nothing: shapes give the memory, a roofline the time"
+    )
+    parser.add_argument(
+        "--optimizer",
+        metavar="NAME",
+        type=arguments.optimizer,
+        default="adamw",
+        help="adamw, adamw-foreach, adamw-loop, sgd or adafactor (default: adamw)",
     )
     parser.add_argument(
         "--steps",
@@ -52,6 +78,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.count,
         default=4,
         help="steps to time of each kind (default: 4)",
+    )
+    parser.add_argument(
+        "--watts",
+        metavar="N",
+        type=float,
+        help="what the device draws, in place of a counter's word (default: NVML or RAPL, where they are)",
+    )
+    parser.add_argument(
+        "--noise-scale",
+        metavar="STEPS",
+        type=arguments.count,
+        nargs="?",
+        const=NOISE_STEPS,
+        default=0,
+        help=f"also probe the gradient noise scale, with this many steps (without a number: {NOISE_STEPS})",
+    )
+    parser.add_argument(
+        "--world-size",
+        metavar="N",
+        type=arguments.count,
+        default=1,
+        help="also measure the link between this many processes (default: 1, no link)",
     )
     parser.add_argument(
         "-o", metavar="FILE", dest="output", type=arguments.output_file, help="default: MODEL.profile.json"
@@ -64,19 +112,29 @@ def run(args: argparse.Namespace) -> int:
     from profiler.workload_spec import WorkloadSpec, resolve
 
     spec = resolve(WorkloadSpec(name=args.model, sequence_length=args.seq_len, image_size=args.image_size))
-    path: Path = args.output or Path(f"{spec.name.rpartition(':')[2]}.profile.json")
+    path: Path = args.output or Path(f"{Path(spec.name.rpartition(':')[2]).resolve().name}.profile.json")
     with progress() as tell:
         tell(f"building {spec.name}")
+        from profiler import catalogue
+        from profiler.fake import without_memory
         from profiler.measure import profile
         from profiler.registry import build
 
+        fake = args.fake or catalogue.has(args.device)
+        with without_memory() if fake else contextlib.nullcontext():
+            workload = build(spec)
         found = profile(
-            build(spec),
+            workload,
             args.batch or DEFAULT_BATCHES.get(spec.name, FALLBACK_BATCHES),
             args.precision,
             args.device,
             optimizer=args.optimizer,
             steps=args.steps,
+            all_precisions=args.all_precisions,
+            watts=args.watts,
+            noise_steps=args.noise_scale,
+            fake=fake,
+            world_size=args.world_size,
             spec=spec,
             progress=tell,
         )
@@ -90,7 +148,8 @@ def run(args: argparse.Namespace) -> int:
 
 def show(profile: Profile, path: Path) -> None:
     """What was found, in one page."""
-    from planner.cli.output import console, facts, heading, of_bytes, of_count, of_seconds, table
+    from planner.cli.output import console, facts, heading, of_bytes, of_count, of_seconds, of_source, table
+    from planner.cost import UNCHECKED_MEMORY_ERROR, checked_peak_bytes, plain_peak_bytes
     from planner.explain import stage_groups
 
     out = console()
@@ -100,9 +159,12 @@ def show(profile: Profile, path: Path) -> None:
     out.print(
         f"{of_count(profile.parameter_count)} parameters in {len(profile.stages)} stages, {profile.optimizer}"
     )
+    if len(profile.stages) == 1:
+        out.print("It can be cut nowhere: it is one stage, and nothing of it can be recomputed.")
     out.print()
 
-    out.print(heading(f"One micro-batch of {largest} in fp32, stage by stage"))
+    source = of_source(profile.time_source)
+    out.print(heading(f"One micro-batch of {largest} in fp32, stage by stage{source}"))
     numbers = ("count", "parameters", "forward", "backward", "kept for backward")
     rows = table("stages", *numbers, right=numbers)
     for group in stage_groups(profile, "fp32"):
@@ -117,7 +179,7 @@ def show(profile: Profile, path: Path) -> None:
     out.print(rows)
     out.print()
 
-    out.print(heading("One optimizer step of two micro-batches"))
+    out.print(heading(f"One optimizer step of two micro-batches{of_source(profile.time_source)}"))
     columns = [f"micro-batch {size}" for size in profile.micro_batch_sizes]
     steps = table("precision", *columns, right=columns)
     for measured in profile.precisions:
@@ -131,15 +193,23 @@ def show(profile: Profile, path: Path) -> None:
         )
     out.print()
 
-    off = check.predicted_bytes / check.measured_bytes - 1
     took = f"{of_seconds(profile.cost.seconds)}, {profile.cost.micro_batches_run} micro-batches run"
-    predicted, real = of_bytes(check.predicted_bytes), of_bytes(check.measured_bytes)
-    # What the smallest micro-batch needs and a tenth more: some plan fits, and it has to try.
-    budget = math.ceil(1.1 * check.measured_bytes / 2**20)
+    composed = checked_peak_bytes(profile)
+    if check is None or composed is None:
+        peak = plain_peak_bytes(profile, "fp32", profile.micro_batch_sizes[len(columns) // 2], 2)
+        checked = f"nothing was run, so peaks are stated ± {UNCHECKED_MEMORY_ERROR:.0%}"
+    else:
+        peak = check.measured_bytes
+        off = abs(composed / peak - 1)
+        checked = f"predicted {of_bytes(composed)}, a real step needed {of_bytes(peak)}: off by {off:.2%}"
+    # What a plain step needs and a tenth more: some plan fits, and it has to try.
+    budget = math.ceil(1.1 * peak / 2**20)
     out.print(
         facts(
             [
-                ("memory check", f"predicted {predicted}, a real step needed {real}: off by {abs(off):.2%}"),
+                ("memory check", checked),
+                ("energy", _energy_text(profile)),
+                *_noise_rows(profile),
                 ("took", took),
                 ("written to", str(path)),
                 (
@@ -149,3 +219,26 @@ def show(profile: Profile, path: Path) -> None:
             ]
         )
     )
+
+
+def _energy_text(profile: Profile) -> str:
+    if profile.energy is None:
+        return "unknown: no NVML, no readable RAPL, no --watts"
+    first = profile.energy.phases[0]
+    if profile.energy.source == "stated":
+        return f"{first.forward_watts:g} W in every phase, as stated"
+    watts = "; ".join(
+        f"{phase.precision}: forward {phase.forward_watts:.0f} W, backward {phase.backward_watts:.0f} W"
+        for phase in profile.energy.phases
+    )
+    return (
+        f"{watts}; optimizer {first.optimizer_watts:.0f} W, waiting {first.host_watts:.0f} W "
+        f"({profile.energy.source}, ± {profile.energy.error or 0:.1%})"
+    )
+
+
+def _noise_rows(profile: Profile) -> list[tuple[str, str]]:
+    from planner.cli.output import of_noise_scale
+
+    found = profile.noise_scale
+    return [] if found is None else [("noise scale", of_noise_scale(found))]

@@ -1,6 +1,7 @@
 """Run a plan briefly and hold its prediction against what is measured.
 
-Exit code 5 says that a measurement lies outside of the error that the plan states.
+Exit code 5 says that a measurement lies outside of the error that the plan states. What was off is kept with the
+device, and decides on the error that later plans state.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from planner import calibration
     from planner.plan import load_plan
 
     plan = load_plan(args.plan)
@@ -46,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         import executor
 
         found = executor.verify(plan, steps=args.steps, progress=tell)
+    calibration.learn(plan.device, found.residual)
     if args.json:
         json.dump(_document(plan, found), sys.stdout, indent=2)
         print()
@@ -67,7 +70,7 @@ def _document(plan: Plan, found: Verification) -> dict[str, object]:
 
 def show(plan: Plan, found: Verification) -> None:
     """Predicted against measured."""
-    from planner.cli.output import console, heading, of_bytes, of_seconds, table
+    from planner.cli.output import console, heading, of_bytes, of_joules, of_seconds, table
 
     out = console()
     verdict = "the plan holds" if found.passed else "the plan does not hold"
@@ -81,16 +84,16 @@ def show(plan: Plan, found: Verification) -> None:
         ("step_cpu_seconds", "step time, CPU's clock", of_seconds, stated.step_seconds),
         ("peak_memory_bytes", "peak memory", of_bytes, stated.peak_memory_bytes),
         ("peak_reserved_bytes", "peak reserved", of_bytes, None),
-        ("step_joules", "energy", lambda joules: f"{joules:.3g} J", None),
+        ("step_joules", "energy", of_joules, stated.step_joules),
     ):
         predicted, measured = getattr(found.predicted, name), getattr(found.measured, name)
         off = found.relative_error.get(name)
-        if measured is None:
+        if measured is None and (name != "step_joules" or predicted is None):
             continue
         rows.add_row(
             label,
             "" if predicted is None else written(predicted),
-            written(measured),
+            "not measured" if measured is None else written(measured),
             "" if off is None else f"{off:+.1%}",
             "" if error is None else f"± {error:.1%}",
             {True: "within", False: "outside", None: ""}[found.within.get(name)],

@@ -1,0 +1,211 @@
+"""The events of a traced step, and two corrections that make a fake step's course that of a real one.
+
+**Gradients add up in place.** Where a tensor is used twice its two gradients are added by autograd's engine, which
+writes into the first one if nobody else holds it and it is no view (a tied weight's gradient often is one). With a
+dispatch mode watching it never does (a mode might be a subclass that must not be written to), so a watched step makes
+a third tensor. An addition *between* two nodes of the graph whose first operand dies right after it is such a one, and
+the operand's storage lives on under the result's name.
+
+**Kernels take scratch memory.** What an operation needs at its highest is measured by kind (profiler/workspaces.py)
+and put where the operation begins.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from profiler.workspaces import Kind, Workspaces
+
+Window = tuple[str, int, int]
+"""``(phase, micro_batch, stage)``; phases are forward, backward, between, optimizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alloc:
+    key: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    key: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Enter:
+    """A window begins. ``input_key`` is the stage's input storage for forward windows."""
+
+    window: Window
+    input_key: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Autograd saved a tensor of this storage for backward."""
+
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
+class Operate:
+    """An operation begins. ``kind`` None: its scratch memory is of no interest."""
+
+    kind: Kind | None
+
+
+@dataclass(frozen=True, slots=True)
+class Accumulate:
+    """The engine adds two gradients; what is allocated next is their sum, which it might write into a ``reusable``."""
+
+    reusable: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """Inside an operation memory rises this far above what is alive at its beginning."""
+
+    size_bytes: int
+
+
+Event = Alloc | Free | Enter | Save | Operate | Accumulate | Peak
+
+
+@dataclass(slots=True)
+class Trace:
+    """The events of one step, and what was alive before it."""
+
+    events: list[Event] = field(default_factory=list)
+    parameter_bytes: int = 0
+    buffer_bytes: int = 0
+    optimizer_state_bytes: int = 0
+    batch_bytes: int = 0
+
+    @property
+    def constant_bytes(self) -> int:
+        return self.parameter_bytes + self.buffer_bytes + self.optimizer_state_bytes + self.batch_bytes
+
+    def levels(self) -> Iterator[int]:
+        """Bytes above ``constant_bytes`` at the beginning and after every event."""
+        level = 0
+        yield level
+        for event in self.events:
+            match event:
+                case Alloc(size_bytes=size):
+                    level += size
+                    yield level
+                case Peak(size_bytes=size):
+                    yield level + size
+                case Free(size_bytes=size):
+                    level -= size
+                    yield level
+                case _:
+                    pass
+
+    @property
+    def peak_bytes(self) -> int:
+        """The highest point, read directly."""
+        return self.constant_bytes + max(self.levels())
+
+
+class BetweenNodes:
+    """Knows whether a backward pass is inside a node of the graph or between two, where the engine adds gradients."""
+
+    def __init__(self) -> None:
+        self.now = False
+
+    def watch(self, loss: torch.Tensor) -> torch.Tensor:
+        """Follow the backward pass of this loss; returns it."""
+        waiting, seen = [loss.grad_fn], set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            waiting.extend(next_node for next_node, _ in node.next_functions)
+            if node.name() != "torch::autograd::AccumulateGrad":
+                node.register_prehook(self._enter)
+                node.register_hook(self._leave)
+        return loss
+
+    def _enter(self, gradients: Any) -> None:
+        self.now = False
+
+    def _leave(self, gradients: Any, incoming: Any) -> None:
+        self.now = True
+
+    def ended(self) -> None:
+        """The backward pass is over."""
+        self.now = False
+
+
+def is_sum_of_two(function: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call is ``a + b`` of two tensors, which is how the engine adds gradients."""
+    return (
+        function is torch.ops.aten.add.Tensor
+        and not kwargs
+        and len(args) == 2
+        and all(isinstance(tensor, torch.Tensor) for tensor in args)
+    )
+
+
+def settle(events: Sequence[Event], workspaces: Workspaces | None) -> list[Event]:
+    """The events as a step that nobody watches would have them, with scratch memory where it was measured."""
+    return list(_with_peaks(_in_place(events), workspaces))
+
+
+def _in_place(events: Sequence[Event]) -> Iterator[Event]:
+    """Without the allocations of sums that are written into an operand, which keeps its name."""
+    reused = _reused(events)
+    names: dict[int, int] = {}
+    for event in events:
+        match event:
+            case Alloc(key=key) if key in reused:
+                operand = reused[key]
+                names[key] = names.get(operand, operand)
+            case Alloc(key=key, size_bytes=size):
+                yield Alloc(key, size)
+            case Free(key=key) if key in reused.values():
+                pass
+            case Free(key=key, size_bytes=size):
+                yield Free(names.pop(key, key), size)
+            case Save(key=key):
+                yield Save(names.get(key, key))
+            case Accumulate():
+                pass
+            case _:
+                yield event
+
+
+def _reused(events: Sequence[Event]) -> dict[int, int]:
+    """Sums by key, each with the operand that it is written into: the first to die right after the addition."""
+    reused: dict[int, int] = {}
+    for index, event in enumerate(events):
+        if not isinstance(event, Accumulate):
+            continue
+        following = itertools.islice(events, index + 1, None)
+        result = next(following, None)
+        if not isinstance(result, Alloc):
+            continue
+        dying = {
+            e.key
+            for e in itertools.takewhile(lambda e: isinstance(e, Free), following)
+            if isinstance(e, Free)
+        }
+        operand = next((key for key in event.reusable if key in dying), None)
+        if operand is not None:
+            reused[result.key] = operand
+    return reused
+
+
+def _with_peaks(events: Iterator[Event], workspaces: Workspaces | None) -> Iterator[Event]:
+    for event in events:
+        if not isinstance(event, Operate):
+            yield event
+        elif workspaces is not None and event.kind is not None:
+            yield Peak(workspaces.peak_bytes(event.kind))

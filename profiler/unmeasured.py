@@ -1,0 +1,276 @@
+"""The profile of a model on a device where nothing runs: one of the catalogue, or this machine's.
+
+    without_memory(): build   weights have shapes, no bytes
+    fake steps                memory curves, exact but for what kernels take for themselves
+    fake steps                operations with their flops and bytes ──▶ roofline ──▶ times
+
+A 7 B model is profiled in half a minute and less than a gigabyte. What it says is marked: no step was timed
+(``steps_timed`` 0), the memory was not checked (``memory_check`` None), and both errors are stated wider.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+import torch
+
+from profiler import catalogue, energy
+from profiler import device as devices
+from profiler.absent import AbsentCuda, blas_workspace_bytes
+from profiler.catalogue import CatalogueDevice
+from profiler.chain import Stage, discover, recomputable_stages
+from profiler.live import CUDA_BLOCK_BYTES
+from profiler.memory import MemoryTracer
+from profiler.parameters import parameter_records
+from profiler.profile_record import (
+    PRECISIONS,
+    DeviceRecord,
+    HopelessPrecision,
+    Precision,
+    PrecisionProfile,
+    Profile,
+    ProfileCost,
+    StageRecord,
+    StepTime,
+)
+from profiler.roofline import (
+    CPU_EFFICIENCY,
+    CUDA_EFFICIENCY,
+    Efficiency,
+    Rates,
+    between,
+    step_costs,
+    step_time,
+)
+from profiler.timing import HOPELESS_SLOWDOWN
+from profiler.workload import Workload
+from profiler.workload_spec import WorkloadSpec
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """A device by what is known of it. ``absent``: how its fakes behave; None is this machine's CPU."""
+
+    record: DeviceRecord
+    rates: Rates
+    efficiency: Efficiency
+    absent: AbsentCuda | None
+
+    @property
+    def other_bytes(self) -> int:
+        return 0 if self.absent is None else blas_workspace_bytes(self.absent.capability)
+
+
+def target_of(
+    name: str, precisions: Sequence[Precision], progress: Progress = lambda message: None
+) -> Target:
+    """A device of the catalogue, or the one that is here (``auto``, ``cpu``, ``cuda``, ``cuda:N``) as it is known.
+
+    A CUDA device that is here is looked up in the catalogue by its title; the rates of a CPU are measured, which
+    takes about a second and runs nothing of the model.
+    """
+    if catalogue.has(name):
+        return _of_catalogue(catalogue.find(name))
+    here = devices.resolve(name)
+    record = devices.describe(here)
+    if here.type == "cuda":
+        known = catalogue.titled(record.name)
+        if known is None:
+            raise ValueError(
+                f"--fake needs the rates of the device, and the catalogue has no {record.name}. "
+                "Leave --fake out, or give a device of `planner devices`."
+            )
+        return replace(_of_catalogue(known), record=record)
+    progress("measuring what this CPU does at best")
+    return Target(record=record, rates=cpu_rates(precisions), efficiency=CPU_EFFICIENCY, absent=None)
+
+
+def _of_catalogue(device: CatalogueDevice) -> Target:
+    rates = {p: rate for p in PRECISIONS if (rate := device.flops_per_second(p)) is not None}
+    return Target(
+        record=DeviceRecord(
+            kind="cuda", name=device.title, memory_bytes=device.memory_bytes, catalogue=device.name
+        ),
+        rates=Rates(flops_per_second=rates, memory_bytes_per_second=device.memory_bytes_per_second),
+        efficiency=CUDA_EFFICIENCY,
+        absent=AbsentCuda(device.capability),
+    )
+
+
+def profile_unmeasured(
+    workload: Workload,
+    sizes: Sequence[int],
+    precisions: Sequence[Precision],
+    target: Target,
+    *,
+    optimizer: str,
+    watts: float | None,
+    spec: WorkloadSpec | None,
+    progress: Progress,
+) -> Profile:
+    """The profile of a workload without running anything of it. The model is left as it was."""
+    began = time.perf_counter()
+    model, absent, rates = workload.model, target.absent, target.rates
+    training = model.training
+    hopeless: list[HopelessPrecision] = []
+    found: list[PrecisionProfile] = []
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=()):
+            progress("finding the chain of stages")
+            stages = discover(workload, absent=absent)
+            parameters = parameter_records(workload, stages, sizes[-1], absent)
+            tracer = MemoryTracer(
+                workload,
+                stages,
+                optimizer,
+                device_type="cpu" if absent is None else "cuda",
+                block_bytes=1 if absent is None else CUDA_BLOCK_BYTES,
+                absent=absent,
+            )
+            for precision in precisions:
+                rate = rates.flops_per_second.get(precision)
+                if rate is None:
+                    progress(f"{precision}: {target.record.name} has none, left out")
+                    continue
+                slowdown = rates.flops_per_second["fp32"] / rate
+                if slowdown > HOPELESS_SLOWDOWN:
+                    hopeless.append(HopelessPrecision(precision=precision, slowdown=slowdown))
+                    progress(f"{precision}: {slowdown:.1f} times slower than fp32 here, left out")
+                    continue
+                progress(f"{precision}: tracing memory")
+                memory = tracer.memory(precision, traced_sizes(sizes))
+                at_one = tracer.memory(precision, (1, 1)) if sizes[0] == 1 else None
+                progress(f"{precision}: counting operations")
+                found.append(
+                    PrecisionProfile(
+                        precision=precision,
+                        memory=msgspec.structs.replace(memory, other_bytes=target.other_bytes),
+                        memory_at_one=at_one
+                        and msgspec.structs.replace(at_one, other_bytes=target.other_bytes),
+                        wall=_times(workload, stages, optimizer, precision, sizes, target),
+                        process_cpu=None,
+                    )
+                )
+    finally:
+        model.train(training)
+    return Profile(
+        model=workload.label,
+        workload=spec,
+        parameter_count=sum(parameter.numel() for parameter in model.parameters()),
+        optimizer=optimizer,
+        device=target.record,
+        versions=devices.versions(),
+        micro_batch_sizes=tuple(sizes),
+        stages=stage_records(stages),
+        precisions=tuple(found),
+        hopeless=tuple(hopeless),
+        memory_check=None,
+        cost=ProfileCost(seconds=time.perf_counter() - began, micro_batches_run=0),
+        energy=None if watts is None else energy.stated(watts, [p.precision for p in found]),
+        parameters=parameters,
+    )
+
+
+def stage_records(stages: Sequence[Stage]) -> tuple[StageRecord, ...]:
+    """What a profile keeps of the stages."""
+    return tuple(
+        StageRecord(name=s.name, entry=s.entry, recomputable=ok, parameter_count=s.parameter_count)
+        for s, ok in zip(stages, recomputable_stages(stages), strict=True)
+    )
+
+
+def traced_sizes(sizes: Sequence[int]) -> tuple[int, int]:
+    """The micro-batch sizes that memory is traced at: the ends of the profiled range.
+
+    Micro-batch 1 is traced apart (kernels skip copies of a dimension of one, which is off the line of the others).
+    """
+    return (max(2, sizes[0]), max(2, sizes[-1]))
+
+
+def _times(
+    workload: Workload,
+    stages: Sequence[Stage],
+    optimizer: str,
+    precision: Precision,
+    sizes: Sequence[int],
+    target: Target,
+) -> tuple[StepTime, ...]:
+    """Times at every size: operations are counted at the ends and lie on a line between, else at each."""
+    ends = {
+        size: step_costs(workload, stages, optimizer, precision, size, target.absent)
+        for size in dict.fromkeys((sizes[0], sizes[-1]))
+    }
+    times = []
+    for size in sizes:
+        costs = ends.get(size) or between(ends[sizes[0]], ends[sizes[-1]], size)
+        if costs is None:
+            costs = step_costs(workload, stages, optimizer, precision, size, target.absent)
+        times.append(step_time(costs, target.rates, target.efficiency))
+    return tuple(times)
+
+
+PRODUCT_SIZES = (256, 512, 1024, 2048)
+"""Rows and columns of the matrices that a CPU's rate is measured with; the larger, the less it costs to start."""
+
+LONGEST_SECONDS = 1.0
+"""A larger product that would take longer than this is not tried: that precision has no units here."""
+
+COPIED_BYTES = 2**26
+"""Beyond the caches of most CPUs, and little beside the process itself."""
+
+REPEATS = 3
+"""The best of these counts: whatever else runs on the machine only makes it slower."""
+
+
+Clock = Callable[[], float]
+
+
+def cpu_rates(precisions: Sequence[Precision], clock: Clock = time.perf_counter) -> Rates:
+    """What this machine's CPU does at best: products of matrices at each precision, and a copy of memory.
+
+    Beside other work the process's own clock is steadier than the wall's; rates are then per second of all threads.
+    """
+    flops = {p: _product_rate(DTYPES[p], clock) for p in precisions}
+    source = torch.ones(COPIED_BYTES // 4)
+    copy = torch.empty_like(source)
+    return Rates(
+        flops_per_second=flops,
+        memory_bytes_per_second=2 * COPIED_BYTES / _best_seconds(lambda: copy.copy_(source), clock),
+    )
+
+
+def _product_rate(dtype: torch.dtype, clock: Clock) -> float:
+    rate = 0.0
+    for size in PRODUCT_SIZES:
+        flops = 2 * size**3
+        if rate and flops / rate > LONGEST_SECONDS:
+            break
+        rate = max(rate, flops / _best_seconds(_product(torch.ones(size, size, dtype=dtype)), clock))
+    return rate
+
+
+def _product(matrix: torch.Tensor) -> Callable[[], object]:
+    return lambda: matrix @ matrix
+
+
+def _best_seconds(work: Callable[[], object], clock: Clock) -> float:
+    work()
+    taken = []
+    for _ in range(REPEATS):
+        start = clock()
+        work()
+        taken.append(clock() - start)
+    return min(taken)
+
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}

@@ -1,0 +1,269 @@
+"""Is what Planner predicts true? A matrix of models and random plans, each run in a process of its own.
+
+    for each model:  planner profile ──▶ random plans (segments, b, k, precision) ──▶ planner verify, one by one
+                                      predicted step time and peak ◀──▶ measured ones
+
+Peak memory is the allocator's own, of a fresh process. Step time is read from the wall clock and from the process's
+own CPU clock, which does not count what others on a shared machine took. Each verification calibrates the errors that
+the next predictions state, from nothing at the beginning. Writes results/accuracy.json and accuracy.png.
+
+    python -m studies.accuracy                       # the whole matrix, about 40 minutes on 2 cores
+    python -m studies.accuracy --only unet --plans 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from planner import calibration, optimize
+from planner.cost import instead, name_segments, predict
+from planner.placement import Segments
+from planner.plan import Choice, Plan
+from profiler import records
+from profiler.profile_record import Profile
+from studies.runs import RESULTS, document, provenance, run, write
+
+TIME_LIMIT_SECONDS = 600.0
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """A model as the command line names it, the micro-batch sizes to profile, and the optimizer."""
+
+    model: str
+    batch: str
+    optimizer: str = "adamw"
+    flags: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.model.rpartition(":")[2]
+
+
+BF16 = ("--precision", "fp32,bf16", "--all-precisions")
+
+CASES = (
+    Case(model="gpt2", batch="1,2,4", flags=("--seq-len", "64")),
+    Case(model="transformers:bert", batch="2,4,8", optimizer="adamw-foreach", flags=("--seq-len", "64")),
+    Case(model="transformers:t5", batch="2,4,8", optimizer="adafactor", flags=("--seq-len", "64")),
+    Case(model="transformers:vit", batch="1,2,3", optimizer="sgd"),
+    Case(model="studies.workloads:llama", batch="2,4,8", optimizer="adamw-loop"),
+    Case(model="studies.workloads:mixtral", batch="2,4,8"),
+    Case(model="resnet50", batch="4,8,16", flags=("--image-size", "64")),
+    Case(model="torchvision:resnet18", batch="4,8,16", optimizer="sgd", flags=("--image-size", "96")),
+    Case(model="torchvision:vgg11", batch="4,8,16", optimizer="sgd", flags=("--image-size", "64")),
+    Case(model="torchvision:mobilenet_v3_large", batch="4,8,16", flags=("--image-size", "96")),
+    Case(
+        model="torchvision:densenet121", batch="4,8,16", optimizer="adamw-loop", flags=("--image-size", "64")
+    ),
+    Case(model="torchvision:convnext_tiny", batch="4,8,16", flags=("--image-size", "64")),
+    Case(model="studies.workloads:lstm", batch="8,16,32"),
+    Case(model="studies.workloads:unet", batch="4,8,16"),
+    Case(model="studies.workloads:mlp", batch="64,128,256", flags=BF16),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--plans", type=int, default=5, help="plans per model, the plain one first (default: 5)"
+    )
+    parser.add_argument("--only", default="", help="models whose name contains this")
+    parser.add_argument("--steps", type=int, default=6, help="steps to time per plan (default: 6)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    cases = [case for case in CASES if options.only in case.model]
+    rows: list[Row] = []
+    device: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["PLANNER_HOME"] = str(Path(folder) / "state")
+        for case in cases:
+            profile = profiled(case, Path(folder))
+            device = records_of(profile)
+            for plan in random_plans(profile, options.plans, options.seed):
+                rows.append(measured(case, plan, Path(folder), options.steps))
+                print(line(rows[-1]), flush=True)
+    summary = summarise(rows)
+    print("\n".join(f"{name}: {value}" for name, value in summary.items()))
+    if not options.only:
+        head = provenance("python -m studies.accuracy") | device
+        print(f"written to {write('accuracy', head | {'summary': summary, 'rows': rows})}")
+        draw(rows, RESULTS / "accuracy.png")
+    return 0
+
+
+def profiled(case: Case, folder: Path) -> Profile:
+    """The model's profile, made by the command in a process of its own."""
+    path = folder / f"{case.name}.profile.json"
+    flags = ("--batch", case.batch, "--optimizer", case.optimizer, *(case.flags or ("--precision", "fp32")))
+    if "--precision" not in flags:
+        flags += ("--precision", "fp32")
+    run("profile", case.model, *flags, "-o", str(path), time_limit_seconds=TIME_LIMIT_SECONDS)
+    return records.read(path, Profile)
+
+
+def records_of(profile: Profile) -> dict[str, Any]:
+    """The device as it goes into the results."""
+    device = profile.device
+    return {"device": {"name": device.name, "memory_bytes": device.memory_bytes, "threads": device.threads}}
+
+
+def random_plans(profile: Profile, count: int, seed: int) -> Iterator[Plan]:
+    """The plain plan at the largest micro-batch, then random ones within the profiled range."""
+    generator = random.Random(f"{profile.model} {seed}")
+    allowed = [stage.recomputable for stage in profile.stages]
+    low, high = profile.micro_batch_sizes[0], profile.micro_batch_sizes[-1]
+    for index in range(count):
+        b = generator.randint(low, high) if index else high
+        k = generator.choice((1, 2, 3)) if index else 1
+        measured = generator.choice(profile.precisions)
+        segments = random_segments(allowed, generator) if index else ()
+        prediction = predict(
+            profile, measured, micro_batch_size=b, gradient_accumulation_steps=k, segments=segments,
+            calibration=calibration.load(profile.device),
+        )  # fmt: skip
+        choice = Choice(
+            micro_batch_size=b,
+            gradient_accumulation_steps=k,
+            precision=measured.precision,
+            zero_stage=0,
+            checkpoint=name_segments(profile, segments),
+            prediction=prediction,
+            fits=True,
+        )
+        yield instead(optimize(profile, global_batch_size=b * k), choice)
+
+
+def random_segments(recomputable: Sequence[bool], generator: random.Random) -> Segments:
+    """Runs of stages: from each stage on, as likely kept as not, one to six long."""
+    segments: list[tuple[int, int]] = []
+    start = 0
+    while start < len(recomputable):
+        stop = start
+        longest = start + generator.randint(1, 6)
+        while stop < min(longest, len(recomputable)) and recomputable[stop]:
+            stop += 1
+        if stop > start and generator.random() < 0.5:
+            segments.append((start, stop))
+        start = max(stop, start + 1)
+    return tuple(segments)
+
+
+def measured(case: Case, plan: Plan, folder: Path, steps: int) -> Row:
+    """Verify one plan in a fresh process; the row keeps what was predicted, stated and measured."""
+    path = plan.save(folder / f"{case.name}.plan.json")
+    found = document("verify", str(path), "--steps", str(steps), time_limit_seconds=TIME_LIMIT_SECONDS)
+    names = ("step_seconds", "step_cpu_seconds", "peak_memory_bytes")
+    return {
+        "model": case.model,
+        "flags": list(case.flags),
+        "optimizer": plan.optimizer,
+        "micro_batch_size": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "precision": plan.precision,
+        "segments": [[segment.first, segment.last] for segment in plan.checkpoint],
+        "predicted": {name: getattr(plan.prediction, name) for name in names},
+        "stated_error": {
+            "step_seconds": plan.prediction.error.step_seconds,
+            "peak_memory_bytes": plan.prediction.error.peak_memory_bytes,
+        },
+        "measured": {name: found["measured"][name] for name in names},
+        "relative_error": {name: found["measured"]["relative_error"][name] for name in names},
+        "within": found["measured"]["within"],
+    }
+
+
+def line(row: Row) -> str:
+    errors, taken = row["relative_error"], row["measured"]
+    return (
+        f"{row['model']:32} b={row['micro_batch_size']:<3} k={row['gradient_accumulation_steps']} "
+        f"{row['precision']} {row['optimizer']:13} {len(row['segments']):2} segments   "
+        f"peak {taken['peak_memory_bytes'] / 2**20:8.1f} MiB {errors['peak_memory_bytes']:+.3%}   "
+        f"step {taken['step_seconds']:6.3f} s {errors['step_seconds']:+6.1%} wall "
+        f"{errors['step_cpu_seconds']:+6.1%} CPU (stated {row['stated_error']['step_seconds']:.1%})"
+    )
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Means and worst cases, and how often the stated error held."""
+
+    def errors(name: str) -> list[float]:
+        return [row["relative_error"][name] for row in rows]
+
+    def share(name: str) -> float:
+        return statistics.mean(bool(row["within"][name]) for row in rows)
+
+    memory = errors("peak_memory_bytes")
+    summary: dict[str, Any] = {
+        "models": len({row["model"] for row in rows}),
+        "plans": len(rows),
+        "memory_error_mean": statistics.mean(map(abs, memory)),
+        "memory_error_max": max(map(abs, memory)),
+        "memory_error_lowest": min(memory),
+        "memory_within_stated": share("peak_memory_bytes"),
+    }
+    for clock, name in (("wall", "step_seconds"), ("cpu", "step_cpu_seconds")):
+        found = errors(name)
+        stated = [row["stated_error"]["step_seconds"] for row in rows]
+        summary |= {
+            f"time_error_mean_{clock}": statistics.mean(map(abs, found)),
+            f"time_error_max_{clock}": max(map(abs, found)),
+            f"time_within_stated_{clock}": statistics.mean(
+                abs(error) <= bound for error, bound in zip(found, stated, strict=True)
+            ),
+        }
+    return summary
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Predicted against measured, memory and time, one mark per plan."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.8), dpi=120)
+    models = sorted({row["model"] for row in rows})
+    colours = pyplot.get_cmap("tab20")
+    for axes, name, scale, title in (
+        (panels[0], "peak_memory_bytes", 2**20, "peak memory, MiB"),
+        (panels[1], "step_cpu_seconds", 1.0, "step time (process CPU), s"),
+    ):
+        values = [row[side][name] / scale for row in rows for side in ("measured", "predicted")]
+        ends = (min(values) / 1.3, max(values) * 1.3)
+        axes.plot(ends, ends, color="#9aa5b1", linewidth=1, zorder=0)
+        for index, model in enumerate(models):
+            own = [row for row in rows if row["model"] == model]
+            axes.scatter(
+                [row["measured"][name] / scale for row in own],
+                [row["predicted"][name] / scale for row in own],
+                s=22, color=colours(index), label=model.rpartition(":")[2], alpha=0.85,
+            )  # fmt: skip
+        worst = max(abs(row["relative_error"][name]) for row in rows)
+        mean = statistics.mean(abs(row["relative_error"][name]) for row in rows)
+        axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured", ylabel="predicted")
+        axes.set_title(f"{title}: off by {mean:.2%} on average, {worst:.2%} at worst", loc="left", fontsize=9)
+        axes.set_aspect("equal")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8
+    )
+    figure.set_layout_engine("constrained")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
