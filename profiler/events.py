@@ -6,8 +6,8 @@ dispatch mode watching it never does (a mode might be a subclass that must not b
 a third tensor. An addition *between* two nodes of the graph whose first operand dies right after it is such a one, and
 the operand's storage lives on under the result's name.
 
-**Kernels take scratch memory.** What an operation needs at its highest is measured by kind (profiler/workspaces.py)
-and put where the operation begins.
+**Kernels take scratch memory.** What an operation needs at its highest, and what its outputs really take, is measured
+by kind (profiler/workspaces.py) and put where the operation begins.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def is_sum_of_two(function: Any, args: Any, kwargs: Any) -> bool:
 
 def settle(events: Sequence[Event], workspaces: Workspaces | None) -> list[Event]:
     """The events as a step that nobody watches would have them, with scratch memory where it was measured."""
-    return list(_with_peaks(_in_place(events), workspaces))
+    return list(_in_place(events if workspaces is None else list(_as_measured(events, workspaces))))
 
 
 def _in_place(events: Sequence[Event]) -> Iterator[Event]:
@@ -176,7 +176,7 @@ def _in_place(events: Sequence[Event]) -> Iterator[Event]:
                 yield Free(names.pop(key, key), size)
             case Save(key=key):
                 yield Save(names.get(key, key))
-            case Accumulate():
+            case Accumulate() | Operate():
                 pass
             case _:
                 yield event
@@ -203,9 +203,25 @@ def _reused(events: Sequence[Event]) -> dict[int, int]:
     return reused
 
 
-def _with_peaks(events: Iterator[Event], workspaces: Workspaces | None) -> Iterator[Event]:
-    for event in events:
-        if not isinstance(event, Operate):
-            yield event
-        elif workspaces is not None and event.kind is not None:
-            yield Peak(workspaces.peak_bytes(event.kind))
+def _as_measured(events: Sequence[Event], workspaces: Workspaces) -> Iterator[Event]:
+    """With each operation's measured peak, and its outputs of the measured sizes."""
+    sizes: dict[int, int] = {}
+    for index, event in enumerate(events):
+        match event:
+            case Operate(kind=kind):
+                taken = None if kind is None else workspaces.taken(kind)
+                if taken is None:
+                    yield event
+                    continue
+                yield Peak(taken.peak_bytes)
+                following = itertools.islice(events, index + 1, None)
+                outputs = list(itertools.takewhile(lambda e: isinstance(e, Alloc), following))
+                if len(outputs) == len(taken.output_bytes):
+                    keys = (output.key for output in outputs if isinstance(output, Alloc))
+                    sizes.update(zip(keys, taken.output_bytes, strict=True))
+            case Alloc(key=key, size_bytes=size):
+                yield Alloc(key, sizes.get(key, size))
+            case Free(key=key, size_bytes=size):
+                yield Free(key, sizes.get(key, size))
+            case _:
+                yield event

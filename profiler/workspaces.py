@@ -8,7 +8,8 @@ it occurs, whatever the plan:
     real step ──▶ 1,900 operations ──▶ 140 kinds, each with the bytes that memory rose by inside it
     fake step ──▶ the same kinds   ──▶ the rise is put where the operation begins
 
-A device that is not here cannot be asked; there nothing is added.
+Where a fake operation is wrong about its outputs (an LSTM's buffer for its backward pass has no size there, statistics
+have another type), the sizes of the real one count. A device that is not here cannot be asked; there nothing is added.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from profiler.allocator import AllocatorMeter
+from profiler.live import CUDA_BLOCK_BYTES, storage_bytes
 
 LIST_KERNELS = ("_foreach_", "_fused_")
 """Kernels over lists of all parameters: in place, tensor by tensor, with no scratch memory of their own."""
@@ -35,6 +37,14 @@ class _Shape:
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a kind of operation took: how far memory rose inside it, and the storages of its outputs, in order."""
+
+    peak_bytes: int
+    output_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,70 +63,88 @@ def kind_of(function: torch._ops.OpOverload, args: Any, kwargs: Any) -> Kind | N
     floats = False
     for leaf in tree_flatten((args, kwargs or {}))[0]:
         if isinstance(leaf, torch.Tensor):
-            strides = tuple(leaf.stride()) if leaf.layout is torch.strided else ()
             floats |= leaf.dtype.is_floating_point
+            if leaf.dtype is torch.uint8:
+                found.append("bytes")  # a kernel's own buffer, whose size a fake one may not know
+                continue
+            strides = tuple(leaf.stride()) if leaf.layout is torch.strided else ()
             found.append(_Shape(tuple(leaf.shape), strides, leaf.dtype))
         elif isinstance(leaf, torch.device | torch.Generator | float):
-            found.append(
-                type(leaf).__name__
-            )  # a learning rate or an epsilon decides on no kernel's scratch memory
+            found.append("any")  # a learning rate or an epsilon decides on no kernel's scratch memory
         else:
             found.append(leaf if isinstance(leaf, Hashable) else repr(leaf))
     return Kind(function, tuple(found)) if floats else None
 
 
 class Workspaces:
-    """How far memory rises inside each kind of operation on a device, outputs included."""
+    """What each kind of operation takes on a device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._peaks: dict[Kind, int] = {}
+        self._taken: dict[Kind, Taken] = {}
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Learn from a real step that runs inside."""
         if self._device.type == "cuda":
-            with _OnCuda(self._device) as mode:
+            with _Watch(_CudaRises(self._device), CUDA_BLOCK_BYTES) as watch:
                 yield
-            risen = mode.risen
+            rises = watch.rises.of_all()
         else:
-            with AllocatorMeter() as meter, _OnCpu(meter) as on_cpu:
+            with AllocatorMeter() as meter, _Watch(_CpuRises(meter)) as watch:
                 yield
-            risen = [(on_cpu.kinds[int(name)], rise) for name, rise in meter.peaks_in_spans()]
-        for kind, rise in risen:
-            self._peaks[kind] = max(rise, self._peaks.get(kind, 0))
+            rises = watch.rises.of_all()
+        for (kind, output_bytes), rise in zip(watch.calls, rises, strict=True):
+            before = self._taken.get(kind)
+            self._taken[kind] = Taken(max(rise, before.peak_bytes if before else 0), output_bytes)
 
-    def peak_bytes(self, kind: Kind) -> int:
-        """How far memory in use rises inside the operation; 0 for one that no real step showed."""
-        return self._peaks.get(kind, 0)
+    def taken(self, kind: Kind) -> Taken | None:
+        """What the operation takes; None for one that no real step showed."""
+        return self._taken.get(kind)
 
 
-class _OnCpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _CpuRises:
     """Makes every operation a span of the meter."""
 
     def __init__(self, meter: AllocatorMeter) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.kinds: list[Kind] = []
         self._meter = meter
+        self._count = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kind = kind_of(func, args, kwargs)
-        if kind is None:
-            return func(*args, **(kwargs or {}))
-        self.kinds.append(kind)
-        with self._meter.span(str(len(self.kinds) - 1)):
-            return func(*args, **(kwargs or {}))
+    def watch(self) -> contextlib.AbstractContextManager[Any]:
+        self._count += 1
+        return self._meter.span(str(self._count - 1))
+
+    def of_all(self) -> list[int]:
+        found = dict(self._meter.peaks_in_spans())
+        return [found[str(index)] for index in range(self._count)]
 
 
-class _OnCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _CudaRises:
     """Reads the caching allocator's peak around every operation; it counts as the host asks, so nothing waits."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._rises: list[int] = []
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        yield
+        self._rises.append(torch.cuda.max_memory_allocated(self._device) - before)
+
+    def of_all(self) -> list[int]:
+        return self._rises
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes every operation's kind and outputs, and has its rise measured."""
+
+    def __init__(self, rises: _CpuRises | _CudaRises, block_bytes: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.risen: list[tuple[Kind, int]] = []
-        self._target = device
+        self.rises = rises
+        self.calls: list[tuple[Kind, tuple[int, ...]]] = []
+        self._block_bytes = block_bytes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -124,8 +152,15 @@ class _OnCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kind = kind_of(func, args, kwargs)
         if kind is None:
             return func(*args, **(kwargs or {}))
-        torch.cuda.reset_peak_memory_stats(self._target)
-        before = torch.cuda.memory_allocated(self._target)
-        outputs = func(*args, **(kwargs or {}))
-        self.risen.append((kind, torch.cuda.max_memory_allocated(self._target) - before))
+        with self.rises.watch():
+            outputs = func(*args, **(kwargs or {}))
+        made = dict.fromkeys(_storages(outputs))
+        for storage in _storages((args, kwargs)):
+            made.pop(storage, None)
+        self.calls.append((kind, tuple(storage_bytes(storage, self._block_bytes) for storage in made)))
         return outputs
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+    return (leaf.untyped_storage() for leaf in leaves if leaf.layout is torch.strided)
