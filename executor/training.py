@@ -192,8 +192,8 @@ class _Run:
         if self._device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._device)
             reserved = torch.cuda.max_memory_reserved(self._device)
-        step_seconds = statistics.median(self.clocks.wall[i] for i in steady)
-        cpu_seconds = statistics.median(self.clocks.cpu[i] for i in steady)
+        step_seconds = statistics.mean(self.clocks.wall[i] for i in steady)
+        cpu_seconds = statistics.mean(self.clocks.cpu[i] for i in steady)
         return TrainingReport(
             plan_sha256=plan.sha256,
             model=plan.model,

@@ -1,9 +1,10 @@
 """Hold a plan against reality: run it for a few steps and measure what it predicted.
 
-    warm up ─▶ n timed steps, nothing watching ─▶ one step whose peak the allocator itself reports
+    warm up ─▶ n timed steps and their mean, nothing watching ─▶ one step whose peak the allocator itself reports
 
 Time on a CPU is read from two clocks: the wall's, which is what one waits for, and the process's own, which does
-not count what others on the machine took.
+not count what others on the machine took. What is judged is the prediction on the steadier clock, at the speed that the
+device has now: a yardstick beside every step tells how it compares with the profile's (profiler/yardstick.py).
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from profiler import energy
 from profiler.allocator import StepPeak, measure_step
 from profiler.records import Record
 from profiler.registry import build
-from profiler.timing import on_device, stepper_for
+from profiler.timing import MOST_STEPS, SHORTEST_SECONDS, on_device, stepper_for
 from profiler.workload import Workload, split
+from profiler.yardstick import Yardstick
 
 Progress = Callable[[str], None]
 
@@ -33,7 +35,9 @@ Progress = Callable[[str], None]
 class Verification(Record):
     """What a plan predicted and what was measured; ``relative_error`` is (predicted - measured) / measured.
 
-    ``within``: whether each lies within the error that the plan states; time when either clock does, energy only
+    ``device_speed``: how fast the device was, 1 being as fast as in the profile; None for a plan that does not know.
+    ``steady_seconds`` of ``relative_error``: of the time on the steadiest clock, predicted for a device of that speed.
+    ``within``: whether each lies within the error that the plan states; time by ``steady_seconds``, energy only
     when its watts were measured, not stated by the user.
     ``memory_curve`` (CPU): memory in use over one step, as (share of the allocator's events, bytes).
     """
@@ -45,20 +49,16 @@ class Verification(Record):
     within: dict[str, bool]
     passed: bool
     steps: int
+    device_speed: float | None
     memory_curve: tuple[tuple[float, int], ...] | None
 
     @property
     def residual(self) -> Residual:
-        """What this teaches about the device: how far the peak was off, and the time on the clock it was nearest."""
-        clocks = (self.relative_error["step_seconds"], self.relative_error["step_cpu_seconds"])
-        peak = self.relative_error["peak_memory_bytes"]
-        if peak is None:
-            raise ValueError("A verification must have measured a peak to teach anything, got none.")
-        return Residual(
-            plan_sha256=self.plan_sha256,
-            step_seconds=min((error for error in clocks if error is not None), key=abs),
-            peak_memory_bytes=peak,
-        )
+        """What this teaches about the device: how far peak and time were off."""
+        seconds, peak = self.relative_error["steady_seconds"], self.relative_error["peak_memory_bytes"]
+        if seconds is None or peak is None:
+            raise ValueError("A verification must have measured time and peak to teach anything, got None.")
+        return Residual(plan_sha256=self.plan_sha256, step_seconds=seconds, peak_memory_bytes=peak)
 
 
 def verify(
@@ -68,7 +68,7 @@ def verify(
     steps: int = 5,
     progress: Progress = lambda message: None,
 ) -> Verification:
-    """Run the plan for ``steps`` timed optimizer steps on its device and compare.
+    """Run the plan for ``steps`` timed optimizer steps, more where they are short, on its device and compare.
 
     ``workload`` is needed for plans made from a workload in Python; others are built from the plan. Raises
     PlanDoesNotFit for another model or device. A model that is passed in is left as it was.
@@ -87,42 +87,66 @@ def verify(
             progress("warming up")
             step(batch)
             clocks = Clocks()
-            counter = energy.find_counter(device)
-            joules_before = None if counter is None else counter.joules()
-            # A counter moves in ticks: steps that are short beside them are repeated until a window is full.
-            while len(clocks.wall) < steps or (counter and sum(clocks.wall) < energy.WINDOW_SECONDS):
+            yardstick = Yardstick(device)
+            while len(clocks.wall) < steps or (
+                sum(clocks.wall) < SHORTEST_SECONDS and len(clocks.wall) < MOST_STEPS
+            ):
                 progress(f"timing step {len(clocks.wall) + 1} of {max(steps, len(clocks.wall) + 1)}")
                 with clocks.timing(device):
                     step(batch)
-            joules = None
-            if counter is not None and joules_before is not None:
-                joules = (counter.joules() - joules_before) / len(clocks.wall)
+                yardstick.beside(clocks.wall[-1])
+            yardstick_seconds = yardstick.cpu_seconds() if device.type == "cpu" else yardstick.wall_seconds()
+            del yardstick
+            joules = _step_joules(lambda: step(batch), device, progress)
             progress("measuring peak memory")
             peak, _ = measured_peak(step, plan, placed.worst_batch(plan.global_batch_size), device)
         finally:
             checkpoints.remove()
     measured = Cost(
-        step_seconds=statistics.median(clocks.wall),
-        step_cpu_seconds=statistics.median(clocks.cpu) if device.type == "cpu" else None,
+        step_seconds=statistics.mean(clocks.wall),
+        step_cpu_seconds=statistics.mean(clocks.cpu) if device.type == "cpu" else None,
         peak_memory_bytes=peak.peak_bytes,
         peak_reserved_bytes=peak.reserved_bytes,
         step_joules=joules,
     )
-    return compare(plan, measured, len(clocks.wall), peak.course)
+    return compare(plan, measured, len(clocks.wall), peak.course, yardstick_seconds)
+
+
+def _step_joules(step: Callable[[], object], device: torch.device, progress: Progress) -> float | None:
+    """Joules of one step; None without a counter. A counter moves in ticks, so steps are repeated for a window."""
+    counter = energy.find_counter(device)
+    if counter is None:
+        return None
+    progress(f"measuring energy ({counter.source})")
+    began, before, steps = time.perf_counter(), counter.joules(), 0
+    while time.perf_counter() - began < energy.WINDOW_SECONDS:
+        step()
+        devices.synchronize(device)
+        steps += 1
+    return (counter.joules() - before) / steps
 
 
 def compare(
-    plan: Plan, measured: Cost, steps: int, curve: tuple[tuple[float, int], ...] | None
+    plan: Plan,
+    measured: Cost,
+    steps: int,
+    curve: tuple[tuple[float, int], ...] | None,
+    yardstick_seconds: float | None = None,
 ) -> Verification:
-    """The verdict on a measured cost."""
+    """The verdict on a measured cost; ``yardstick_seconds`` were measured beside it, on the steadiest clock."""
     predicted = plan.prediction
     errors = {
         name: _relative(getattr(predicted, name), getattr(measured, name)) for name in Cost.__struct_fields__
     }
-    time_errors = [abs(e) for name in ("step_seconds", "step_cpu_seconds") if (e := errors[name]) is not None]
+    speed = None
+    if predicted.yardstick_seconds is not None and yardstick_seconds is not None:
+        speed = predicted.yardstick_seconds / yardstick_seconds
+    steady_error = (
+        predicted.steady_seconds / (speed or 1.0) - measured.steady_seconds
+    ) / measured.steady_seconds
     memory_error = errors["peak_memory_bytes"]
     within = {
-        "step_seconds": min(time_errors) <= predicted.error.step_seconds,
+        "step_seconds": abs(steady_error) <= predicted.error.step_seconds,
         "peak_memory_bytes": memory_error is not None
         and abs(memory_error) <= predicted.error.peak_memory_bytes,
     }
@@ -135,10 +159,11 @@ def compare(
         plan_sha256=plan.sha256,
         predicted=Cost(**{name: getattr(predicted, name) for name in Cost.__struct_fields__}),
         measured=measured,
-        relative_error=errors,
+        relative_error=errors | {"steady_seconds": steady_error},
         within=within,
         passed=all(within.values()),
         steps=steps,
+        device_speed=speed,
         memory_curve=curve,
     )
 

@@ -50,9 +50,11 @@ def predict(
     b, k = micro_batch_size, gradient_accumulation_steps
     times = at_micro_batch(measured.wall, b)
     parts = seconds_by_kind(profile, times, k, segments, distribution)
-    cpu_seconds = None
+    cpu_seconds, yardstick_seconds = None, times.yardstick_seconds
     if measured.process_cpu is not None:
-        cpu_seconds = sum(step_parts(at_micro_batch(measured.process_cpu, b), k, segments).values())
+        cpu_times = at_micro_batch(measured.process_cpu, b)
+        cpu_seconds = sum(step_parts(cpu_times, k, segments).values())
+        yardstick_seconds = cpu_times.yardstick_seconds
     memory = memory_of_process(profile, measured, b, k, distribution)
     peak = peak_window(
         timeline(
@@ -72,6 +74,7 @@ def predict(
         peak_reserved_bytes=_reserved(profile, peak.total_bytes),
         step_joules=None if joules is None else sum(joules.values()),
         evaluation_peak_bytes=_evaluation_peak_bytes(memory, b),
+        yardstick_seconds=yardstick_seconds,
         parts=Parts(
             step_seconds=parts,
             peak_memory_bytes=_memory_parts(memory, peak, distribution),

@@ -45,6 +45,11 @@ class Cost(Record):
     peak_reserved_bytes: Positive | None
     step_joules: Joules | None
 
+    @property
+    def steady_seconds(self) -> float:
+        """A step's time on the steadiest clock there is: a CPU's own, which no other process's work counts on."""
+        return self.step_seconds if self.step_cpu_seconds is None else self.step_cpu_seconds
+
 
 class Parts(Record):
     """What a prediction is made of: seconds and joules by kind of work, and bytes alive at the highest moment."""
@@ -66,9 +71,11 @@ class Prediction(Cost):
     """A predicted cost with its parts, its error, and the moment of its peak in words.
 
     ``evaluation_peak_bytes``: of a forward pass without gradients on one micro-batch, between two steps.
+    ``yardstick_seconds``: how fast the device was in the profile, on the clock of ``steady_seconds``.
     """
 
     evaluation_peak_bytes: Positive | None = None
+    yardstick_seconds: Annotated[float, Meta(gt=0)] | None = None
     parts: Parts
     error: Error
     peak_at: str

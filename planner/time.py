@@ -58,6 +58,9 @@ def at_micro_batch(times: Sequence[StepTime], micro_batch_size: int) -> StepTime
         step_seconds=between(below.step_seconds, above.step_seconds),
         steps_timed=min(below.steps_timed, above.steps_timed),
         spread=max(below.spread, above.spread),
+        yardstick_seconds=None
+        if below.yardstick_seconds is None or above.yardstick_seconds is None
+        else between(below.yardstick_seconds, above.yardstick_seconds),
     )
 
 

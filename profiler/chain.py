@@ -25,12 +25,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from profiler.absent import DEVICE, AbsentCuda, graph_ends, standing_in
-from profiler.fake import RealIntegers, fake_batch, fake_parameters
+from profiler.absent import AbsentCuda
 from profiler.live import LiveStorages
+from profiler.pretend import pretending
 from profiler.workload import Workload
 
 
@@ -163,17 +162,9 @@ def _record(workload: Workload, batch_size: int, absent: AbsentCuda | None = Non
                 entry.end = len(recording.reads)
                 return
 
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    device = DEVICE if absent else None
-    batch = fake_batch(mode, workload.batch(batch_size), device)
     with (
-        fake_parameters(model, mode, device),
-        mode,
-        RealIntegers(device),
-        graph_ends(model, absent),
-        live,
+        pretending(model, [workload.batch(batch_size)], absent=absent, watch=live) as (batch,),
         watch_calls(model, entering, leaving),
-        standing_in(absent),
     ):
         recording.trainable.update(live.track(p for p in model.parameters() if p.requires_grad))
         tensors = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor))

@@ -21,10 +21,9 @@ from typing import Any, Literal
 
 import torch
 from torch._prims_common import is_non_overlapping_and_dense_or_false
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from profiler.absent import DEVICE, AbsentCuda, graph_ends, standing_in
+from profiler.absent import AbsentCuda
 from profiler.chain import Call, Stage, watch_calls
 from profiler.events import (
     Accumulate,
@@ -40,8 +39,9 @@ from profiler.events import (
     is_sum_of_two,
     settle,
 )
-from profiler.fake import RealIntegers, fake_batch, fake_parameters, numbers_in_updates
+from profiler.fake import numbers_in_updates
 from profiler.live import LiveStorages
+from profiler.pretend import pretending
 from profiler.profile_record import AffineBytes, Curve, Precision, PrecisionMemory, StageMemory
 from profiler.step import StepObserver, Stepper, build_optimizer
 from profiler.workload import Workload
@@ -199,18 +199,11 @@ class MemoryTracer:
             return None if run == "dropped" else tensor
 
         marks = WindowMarks(self._stages, mark)
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        device = DEVICE if self._absent else None
-        batches = [fake_batch(mode, self._workload.worst_batch(batch_size), device) for _ in range(2)]
+        real = [self._workload.worst_batch(batch_size) for _ in range(2)]
         with (
-            fake_parameters(model, mode, device),
-            mode,
-            RealIntegers(device),
-            graph_ends(model, self._absent),
-            live,
+            pretending(model, real, absent=self._absent, watch=live) as batches,
             marks.watching(model),
             torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
-            standing_in(self._absent),
         ):
             optimizer = build_optimizer(self._optimizer, model)
             numbers_in_updates(optimizer)

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from profiler.absent import DEVICE, AbsentCuda, graph_ends, standing_in
+from profiler.absent import AbsentCuda
 from profiler.chain import Call, Stage, watch_calls
-from profiler.fake import RealIntegers, fake_batch, fake_parameters
+from profiler.pretend import pretending
 from profiler.profile_record import ParameterRecord
 from profiler.workload import Workload
 
@@ -50,16 +49,9 @@ def parameter_records(
         for index in own[call.module]:
             used[index].add(current)
 
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    device = DEVICE if absent else None
-    batch = fake_batch(mode, workload.batch(batch_size), device)
     with (
-        fake_parameters(model, mode, device),
-        mode,
-        RealIntegers(device),
-        graph_ends(model, absent),
+        pretending(model, [workload.batch(batch_size)], absent=absent) as (batch,),
         watch_calls(model, entering),
-        standing_in(absent),
     ):
         workload.loss(model, batch)
     return tuple(

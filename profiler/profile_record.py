@@ -110,6 +110,7 @@ class StepTime(Record):
     ``update_seconds``: clipping, optimizer, gradients to None. ``host_seconds``: per micro-batch, between the
     windows. ``spread``: relative half-width of the middle half of the measured step times, the noise of this
     measurement. ``steps_timed`` 0: nothing was run, the times are a roofline's and ``spread`` is the error it states.
+    ``yardstick_seconds``: how fast the device was meanwhile, see profiler/yardstick.py.
     """
 
     micro_batch_size: Positive
@@ -119,6 +120,7 @@ class StepTime(Record):
     step_seconds: Seconds
     steps_timed: Annotated[int, Meta(ge=0)]
     spread: Annotated[float, Meta(ge=0)]
+    yardstick_seconds: Annotated[float, Meta(gt=0)] | None = None
 
 
 class PrecisionProfile(Record):

@@ -23,11 +23,10 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from profiler.fake import RealIntegers, fake_batch, fake_parameters
+from profiler.pretend import pretending
 from profiler.workload import Workload
 from profiler.workload_spec import WorkloadError, described
 
@@ -143,15 +142,10 @@ def _check_gradients(workload: Workload, size: int, call: str) -> None:
 def _check_without_memory(workload: Workload, size: int, call: str) -> None:
     """The call has worked for real, so what fails now fails for want of values."""
     model = workload.model
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    batch = fake_batch(mode, workload.batch(size))
+    call = f"{call} works, but under fake tensors, which have shapes and no values, it"
     with (
-        fake_parameters(model, mode),
-        mode,
-        RealIntegers(),
-        calling(
-            f"{call} works, but under fake tensors, which have shapes and no values, it", model, _SHAPES_ONLY
-        ),
+        pretending(model, [workload.batch(size)]) as (batch,),
+        calling(call, model, _SHAPES_ONLY),
     ):
         workload.loss(model, batch).backward()  # type: ignore[no-untyped-call]
 

@@ -25,16 +25,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.optimize import minimize
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from profiler.absent import DEVICE, AbsentCuda, graph_ends, standing_in
+from profiler.absent import AbsentCuda
 from profiler.chain import Stage
 from profiler.events import Window
-from profiler.fake import RealIntegers, fake_batch, fake_parameters
 from profiler.memory import WindowMarks
+from profiler.pretend import pretending
 from profiler.profile_record import Precision, StageTime, StepTime
 from profiler.step import Stepper, build_optimizer
 from profiler.workload import Workload
@@ -112,18 +111,11 @@ def step_costs(
     model = workload.model
     recorder = _Recorder()
     marks = WindowMarks(stages, lambda window, boundary: recorder.enter(window))
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    device = DEVICE if absent else None
-    batches = [fake_batch(mode, workload.batch(batch_size), device) for _ in range(MICRO_BATCHES)]
+    real = [workload.batch(batch_size) for _ in range(MICRO_BATCHES)]
     with (
-        fake_parameters(model, mode, device),
-        mode,
-        RealIntegers(device),
-        graph_ends(model, absent),
-        recorder,
+        pretending(model, real, absent=absent, watch=recorder) as batches,
         marks.watching(model),
         torch.autograd.graph.saved_tensors_hooks(recorder.saved, lambda tensor: tensor),
-        standing_in(absent),
     ):
         stepper = Stepper(
             model=model,

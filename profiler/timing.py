@@ -7,9 +7,9 @@ time:
     micro-batch 0: gradients appear                     1: gradients are added to
 
 One step warms up, on the largest batches there are, and shows what memory kernels take inside; a few are timed, and
-the median over them is kept. On a CPU a mark reads the wall clock and
-the process's CPU clock; on CUDA it records an event, and all are read after the step. The learning rate is
-zero and the buffers are put back, so the model is what it was.
+the mean over them is kept, beside that of a yardstick (profiler/yardstick.py) that runs between them. On a CPU a mark
+reads the wall clock and the process's CPU clock; on CUDA it records an event, and all are read after the step. The
+learning rate is zero and the buffers are put back, so the model is what it was.
 """
 
 from __future__ import annotations
@@ -33,9 +33,15 @@ from profiler.profile_record import Precision, StageTime, StepTime
 from profiler.step import Stepper, build_optimizer, build_scaler
 from profiler.workload import Workload
 from profiler.workspaces import Workspaces
+from profiler.yardstick import Yardstick
 
 MICRO_BATCHES_PER_STEP = 2
 """The first micro-batch makes gradients, the second adds to them; every later one is like the second."""
+
+SHORTEST_SECONDS = 1.0
+"""Short steps are repeated for this long, or until there are so many:"""
+
+MOST_STEPS = 50
 
 HOPELESS_SLOWDOWN = 2.0
 """A precision whose forward pass takes this many times fp32's is not timed any further."""
@@ -117,42 +123,46 @@ def measure_times(
     steps: int,
     workspaces: Workspaces,
 ) -> Timing:
-    """Median times of ``steps`` optimizer steps of two micro-batches; the model is already on ``device``.
+    """Mean times of ``steps`` optimizer steps of two micro-batches or more; the model is already on ``device``.
 
-    ``workspaces`` learns from the step that warms up.
+    ``workspaces`` learns from the step that warms up. Raises ValueError for a loss that is not finite.
     """
     stepper = stepper_for(workload, optimizer, precision, device)
     clock = _CudaClock() if device.type == "cuda" else _CpuClock()
     saves = _LastSave(clock)
     marks = WindowMarks(stages, saves.window)
     batches = [workload.batch(micro_batch_size) for _ in range(MICRO_BATCHES_PER_STEP)]
+    worst = (workload.worst_batch(micro_batch_size) for _ in range(MICRO_BATCHES_PER_STEP))
     readings: list[_Reading] = []
+    spent = 0.0
     with marks.watching(workload.model), torch.autograd.graph.saved_tensors_hooks(saves.pack, lambda t: t):
-        for index in range(steps + 1):
+        with workspaces.watching():
+            _check_finite(stepper.step(worst, MICRO_BATCHES_PER_STEP, marks), precision, micro_batch_size)
+        saves.learn()
+        yardstick = Yardstick(device)
+        while len(readings) < steps or (spent < SHORTEST_SECONDS and len(readings) < MOST_STEPS):
             synchronize(device)
             clock.start()
-            if index:
-                loss = stepper.step(batches, MICRO_BATCHES_PER_STEP, marks)
-            else:
-                worst = (workload.worst_batch(micro_batch_size) for _ in range(MICRO_BATCHES_PER_STEP))
-                with workspaces.watching():
-                    loss = stepper.step(worst, MICRO_BATCHES_PER_STEP, marks)
+            loss = stepper.step(batches, MICRO_BATCHES_PER_STEP, marks)
             synchronize(device)
-            reading = clock.read()
-            saves.learn()
-            if not bool(torch.isfinite(loss)):
-                raise ValueError(
-                    f"loss(model, batch) is {loss.item()} at {precision} with micro-batch "
-                    f"{micro_batch_size}; a model whose loss is not finite cannot be profiled. "
-                    "Check the batch and the initial weights."
-                )
-            if index:
-                readings.append(reading)
-    wall = _summary([r.wall for r in readings], len(stages), micro_batch_size)
-    if any(r.process_cpu is None for r in readings):
+            readings.append(clock.read())
+            _check_finite(loss, precision, micro_batch_size)
+            yardstick.beside(readings[-1].wall_seconds)
+            spent += readings[-1].wall_seconds
+    wall = _summary([r.wall for r in readings], len(stages), micro_batch_size, yardstick.wall_seconds())
+    of_cpu = [r.process_cpu for r in readings if r.process_cpu is not None]
+    if not of_cpu:
         return Timing(wall, None)
-    cpu = _summary([r.process_cpu for r in readings if r.process_cpu], len(stages), micro_batch_size)
-    return Timing(wall, cpu)
+    return Timing(wall, _summary(of_cpu, len(stages), micro_batch_size, yardstick.cpu_seconds()))
+
+
+def _check_finite(loss: torch.Tensor, precision: Precision, micro_batch_size: int) -> None:
+    if not bool(torch.isfinite(loss)):
+        raise ValueError(
+            f"loss(model, batch) is {loss.item()} at {precision} with micro-batch "
+            f"{micro_batch_size}; a model whose loss is not finite cannot be profiled. "
+            "Check the batch and the initial weights."
+        )
 
 
 def forward_seconds(workload: Workload, precision: Precision, batch: Any, device: torch.device) -> float:
@@ -200,6 +210,11 @@ class _Reading:
 
     wall: Times
     process_cpu: Times | None
+
+    @property
+    def wall_seconds(self) -> float:
+        """Of the whole step."""
+        return _total(self.wall)
 
 
 class _LastSave:
@@ -294,30 +309,35 @@ def _differences(marks: list[tuple[Key, bool, float]]) -> Times:
     return dict(times)
 
 
-def _summary(steps: list[Times], length: int, micro_batch_size: int) -> StepTime:
-    totals = [sum(t for key, t in step.items() if key[0] != "saved") for step in steps]
+def _total(step: Times) -> float:
+    return sum(seconds for key, seconds in step.items() if key[0] != "saved")
 
-    def median(*keys: Key) -> float:
-        return statistics.median(step.get(key, 0.0) for key in keys for step in steps)
+
+def _summary(steps: list[Times], length: int, micro_batch_size: int, yardstick_seconds: float) -> StepTime:
+    totals = [_total(step) for step in steps]
+
+    def mean(*keys: Key) -> float:
+        return statistics.mean(step.get(key, 0.0) for key in keys for step in steps)
 
     def stage(i: int) -> StageTime:
-        forward = median(("forward", 0, i), ("forward", 1, i))
+        forward = mean(("forward", 0, i), ("forward", 1, i))
         return StageTime(
             forward_seconds=forward,
-            recompute_seconds=min(forward, median(("saved", 0, i), ("saved", 1, i))),
-            backward_first_seconds=median(("backward", 0, i)),
-            backward_later_seconds=median(("backward", 1, i)),
+            recompute_seconds=min(forward, mean(("saved", 0, i), ("saved", 1, i))),
+            backward_first_seconds=mean(("backward", 0, i)),
+            backward_later_seconds=mean(("backward", 1, i)),
         )
 
     ordered = sorted(totals)
     quarter = len(ordered) // 4
-    middle = statistics.median(ordered)
+    middle = statistics.mean(ordered)
     return StepTime(
         micro_batch_size=micro_batch_size,
         stages=tuple(stage(i) for i in range(length)),
-        update_seconds=median(("optimizer", 0, 0)),
-        host_seconds=sum(median(("between", m, 0)) for m in range(2)) / 2,
+        update_seconds=mean(("optimizer", 0, 0)),
+        host_seconds=sum(mean(("between", m, 0)) for m in range(2)) / 2,
         step_seconds=middle,
         steps_timed=len(steps),
         spread=(ordered[-1 - quarter] - ordered[quarter]) / (2 * middle),
+        yardstick_seconds=yardstick_seconds,
     )

@@ -21,11 +21,11 @@ from profiler.workload import Workload
 CLASSES = 10
 
 
-def classifier(model: nn.Module, *shape: int) -> Workload:
-    """Ten classes of random inputs of one shape."""
+def classifier(model: nn.Module, *shape: int, classes: int = CLASSES) -> Workload:
+    """Cross entropy of the model's scores on random inputs of one shape."""
 
     def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.randn(size, *shape), torch.randint(CLASSES, (size,))
+        return torch.randn(size, *shape), torch.randint(classes, (size,))
 
     def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return F.cross_entropy(model(batch[0]), batch[1])
@@ -72,9 +72,9 @@ def mixtral() -> Workload:
 
 
 def mlp() -> Workload:
-    """Five hidden layers of 512 for images of 28 x 28."""
-    hidden = [layer for _ in range(4) for layer in (nn.Linear(512, 512), nn.GELU())]
-    return classifier(nn.Sequential(nn.Linear(784, 512), nn.GELU(), *hidden, nn.Linear(512, CLASSES)), 784)
+    """Six hidden layers of 1,024 for images of 28 x 28."""
+    hidden = [layer for _ in range(5) for layer in (nn.Linear(1024, 1024), nn.GELU())]
+    return classifier(nn.Sequential(nn.Linear(784, 1024), nn.GELU(), *hidden, nn.Linear(1024, CLASSES)), 784)
 
 
 class _Recurrent(nn.Module):
@@ -95,16 +95,16 @@ class _Recurrent(nn.Module):
 
 
 def lstm() -> Workload:
-    """A recurrent language model over 32 tokens."""
+    """A recurrent language model over 64 tokens."""
     vocabulary_size = 1000
 
     def batch(size: int) -> torch.Tensor:
-        return torch.randint(vocabulary_size, (size, 33))
+        return torch.randint(vocabulary_size, (size, 65))
 
     def loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
-    return Workload(model=_Recurrent(vocabulary_size, 128).train(), batch=batch, loss=loss)
+    return Workload(model=_Recurrent(vocabulary_size, 256).train(), batch=batch, loss=loss)
 
 
 def _double_convolution(inside: int, outside: int) -> nn.Sequential:

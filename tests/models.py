@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from profiler.workload import Workload
+from studies import workloads
 
 CLASSES = 5
 
@@ -108,15 +109,8 @@ class Chained(nn.Module):
 
 
 def classifier(model: nn.Module, *shape: int) -> Workload:
-    """Cross entropy of the model's scores on random inputs of one shape."""
-
-    def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.randn(size, *shape), torch.randint(CLASSES, (size,))
-
-    def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1])
-
-    return Workload(model=model.train(), batch=batch, loss=loss)
+    """Five classes: the models here are tiny."""
+    return workloads.classifier(model, *shape, classes=CLASSES)
 
 
 ZOO: dict[str, Callable[[], Workload]] = {"gpt2": gpt2, "mlp": mlp, "cnn": cnn, "dropout_net": dropout_net}

@@ -206,6 +206,11 @@ def test_a_measurement_outside_the_stated_error_or_the_budget_does_not_pass(tigh
     slow = compare(tight, measured(seconds=3.0), 1, None)
     assert not slow.passed
     assert slow.relative_error["step_seconds"] == pytest.approx(-2 / 3)
+    assert tight.prediction.yardstick_seconds is not None
+    drifted = compare(tight, measured(seconds=3.0), 1, None, 3.0 * tight.prediction.yardstick_seconds)
+    assert drifted.device_speed == pytest.approx(1 / 3)
+    assert drifted.relative_error["steady_seconds"] == pytest.approx(0)
+    assert drifted.passed
     large = compare(tight, measured(memory=1.5), 1, None)
     assert large.within == {"step_seconds": True, "peak_memory_bytes": False, "memory_budget": False}
 

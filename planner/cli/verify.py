@@ -64,8 +64,14 @@ def _document(plan: Plan, found: Verification) -> dict[str, object]:
     whole: dict[str, object] = msgspec.to_builtins(plan)
     measured: dict[str, object] = msgspec.to_builtins(found.measured)
     of_verification: dict[str, object] = msgspec.to_builtins(found)
-    verdict = {name: of_verification[name] for name in ("relative_error", "within", "passed", "memory_curve")}
+    names = ("relative_error", "within", "passed", "device_speed", "memory_curve")
+    verdict = {name: of_verification[name] for name in names}
     return whole | {"measured": measured | verdict}
+
+
+def _at_speed(device_speed: float | None) -> str:
+    """The line by which a step's time is judged."""
+    return "  as judged" if device_speed is None else f"  at {device_speed:.0%} of the profile's speed"
 
 
 def show(plan: Plan, found: Verification) -> None:
@@ -79,15 +85,19 @@ def show(plan: Plan, found: Verification) -> None:
     numbers = ("predicted", "measured", "off", "stated")
     rows = table("", *numbers, "", right=numbers)
     stated = plan.prediction.error
+    judged = {"step_seconds": "", "steady_seconds": "step_seconds"}
     for name, label, written, error in (
-        ("step_seconds", "step time", of_seconds, stated.step_seconds),
-        ("step_cpu_seconds", "step time, CPU's clock", of_seconds, stated.step_seconds),
+        ("step_seconds", "step time", of_seconds, None),
+        ("step_cpu_seconds", "step time, CPU's clock", of_seconds, None),
+        ("steady_seconds", _at_speed(found.device_speed), of_seconds, stated.step_seconds),
         ("peak_memory_bytes", "peak memory", of_bytes, stated.peak_memory_bytes),
         ("peak_reserved_bytes", "peak reserved", of_bytes, None),
         ("step_joules", "energy", of_joules, stated.step_joules),
     ):
         predicted, measured = getattr(found.predicted, name), getattr(found.measured, name)
         off = found.relative_error.get(name)
+        if name == "steady_seconds":
+            predicted /= found.device_speed or 1.0
         if measured is None and (name != "step_joules" or predicted is None):
             continue
         rows.add_row(
@@ -96,7 +106,7 @@ def show(plan: Plan, found: Verification) -> None:
             "not measured" if measured is None else written(measured),
             "" if off is None else f"{off:+.1%}",
             "" if error is None else f"± {error:.1%}",
-            {True: "within", False: "outside", None: ""}[found.within.get(name)],
+            {True: "within", False: "outside", None: ""}[found.within.get(judged.get(name, name))],
         )
     out.print(rows)
     if not found.within.get("memory_budget", True):
