@@ -24,7 +24,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planner.zero import BUCKET_ELEMENTS, FP32_BYTES, PERSISTENCE_ELEMENTS, ZERO_STAGES, Collectives
-from profiler.profile_record import Link, ParameterRecord
+from profiler import catalogue
+from profiler.profile_record import DeviceRecord, Link, ParameterRecord
+
+LINK_EFFICIENCY = 0.8
+"""What NCCL reaches of an NVLink's line rate: the protocol takes a fifth, 370 of an H100's 450 GB/s (S. Jeaugey,
+NVIDIA/nccl-tests issue 212)."""
+
+LINK_LATENCY_SECONDS = 13e-6
+"""The shortest all-reduces took 12 to 13 us between two devices (NVIDIA/nccl-tests issue 44)."""
+
+LINK_ERROR = 0.5
+"""Eight A100 reach 200 of 300 GB/s where the efficiency says 240 (NVIDIA/nccl-tests issue 149); over PCIe switches and
+sockets it is less, and nothing here has been measured."""
+
+LARGEST_MACHINE = 8
+"""How many devices the catalogue's link joins: those of one machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +57,29 @@ class Distribution:
 
 
 ALONE = Distribution()
+
+
+def catalogue_link(device: DeviceRecord, world_size: int) -> Link | None:
+    """The link between devices of this kind in one machine, from the data sheet; None for a device not known by name.
+
+    Raises ValueError for more devices than one machine has.
+    """
+    known = catalogue.titled(device.name)
+    if known is None:
+        return None
+    if world_size > LARGEST_MACHINE:
+        raise ValueError(
+            f"world_size must be at most {LARGEST_MACHINE} for a link of the catalogue, which joins the devices of one "
+            f"machine, got {world_size}. Pass link= to planner.optimize."
+        )
+    return Link(
+        world_size=world_size,
+        backend="nccl",
+        latency_seconds=LINK_LATENCY_SECONDS,
+        bytes_per_second=LINK_EFFICIENCY * known.link_bytes_per_second,
+        error=LINK_ERROR,
+        source="catalogue",
+    )
 
 
 def volume(zero_stage: int, gradient_accumulation_steps: int) -> int:

@@ -21,7 +21,7 @@ from itertools import groupby
 import numpy as np
 
 from planner.calibration import Calibration
-from planner.communication import ALONE, Distribution
+from planner.communication import ALONE, Distribution, catalogue_link
 from planner.cost import (
     memory_error,
     memory_of_process,
@@ -93,13 +93,16 @@ def optimize(
     """The plan that minimises C among all that fit ``memory_budget_bytes`` (None: no limit).
 
     A plan fits when its predicted peak plus the stated error is within the budget. ``link`` is how fast
-    ``world_size`` processes reach each other, the profile's own unless given. ``calibration`` is what
-    verifications taught about the profile's device (planner/calibration.py) and decides on stated errors.
+    ``world_size`` processes reach each other: if not given, as the profile measured it, or as the catalogue has it.
+    ``calibration`` is what verifications taught about the profile's device (planner/calibration.py) and decides on
+    stated errors.
     Raises ``NoFeasiblePlan`` when none does, ValueError for bad arguments.
     """
     weights = weights or Weights()
     _check_arguments(profile, global_batch_size, memory_budget_bytes, weights)
-    distributions = _distributions(world_size, zero_stages, link or profile.link)
+    if link is None and world_size > 1:
+        link = profile.link or catalogue_link(profile.device, world_size)
+    distributions = _distributions(world_size, zero_stages, link)
     chosen = _precisions(profile, precisions, world_size)
     sizes = _micro_batch_sizes(profile, global_batch_size, world_size)
     candidates = [
@@ -108,7 +111,9 @@ def optimize(
         for measured in chosen
         for b in sizes
     ]
-    terms = _Terms(_limit(profile, memory_budget_bytes, calibration), calibration)
+    margin = memory_error(profile, calibration, world_size)
+    limit_bytes = np.inf if memory_budget_bytes is None else memory_budget_bytes / (1 + margin)
+    terms = _Terms(limit_bytes, margin, calibration)
     by_hand = replace(distributions[0], zero_stage=0)
     baselines = _baselines(profile, chosen[0], global_batch_size, sizes[-1], by_hand, terms)
     reference = baselines.plain.prediction
@@ -245,17 +250,12 @@ def _micro_batch_sizes(profile: Profile, global_batch_size: int, world_size: int
 
 @dataclass(frozen=True, slots=True)
 class _Terms:
-    """On what terms a plan is described: the largest predicted peak that fits, and what is known of the device."""
+    """On what terms a plan is described: the largest predicted peak that fits with the stated error added to it,
+    that error, and what is known of the device."""
 
     limit_bytes: float
+    memory_error: float
     calibration: Calibration | None
-
-
-def _limit(profile: Profile, memory_budget_bytes: int | None, calibration: Calibration | None) -> float:
-    """The largest predicted peak that still fits when the stated error is added."""
-    if memory_budget_bytes is None:
-        return np.inf
-    return memory_budget_bytes / (1 + memory_error(profile, calibration))
 
 
 def _candidate(
@@ -394,7 +394,7 @@ def _size(size_bytes: float) -> str:
 
 def _infeasible(profile: Profile, row: Row, terms: _Terms, budget: int | None) -> NoFeasiblePlan:
     choice = _choice(profile, row[4], row[5], terms)
-    margin = memory_error(profile, terms.calibration)
+    margin = terms.memory_error
     count = len(choice.checkpoint)
     recomputed = f"{count} segments recomputed" if count else "nothing recomputed"
     world_size = row[4].distribution.world_size

@@ -2,7 +2,7 @@
 
 Counters, in the order in which they are looked for:
 
-    a CUDA device   NVML's total-energy counter of that very GPU (needs nvidia-ml-py)
+    a CUDA device   NVML's total-energy counter of that very GPU
     the CPU         RAPL's counters of every package and its memory (needs read access, root on most systems)
 
 A counter moves in ticks (NVML up to 0.1 s apart), so a phase is repeated until it fills a window that is long
@@ -72,10 +72,7 @@ class NvmlCounter:
     @classmethod
     def of(cls, device: torch.device) -> NvmlCounter | None:
         """The counter of this GPU, found by its identity: NVML numbers GPUs that CUDA does not see as well."""
-        try:
-            nvml: Any = importlib.import_module("pynvml")
-        except ImportError:
-            return None
+        nvml: Any = importlib.import_module("pynvml")
         identity = torch.cuda.get_device_properties(device).uuid
         try:
             nvml.nvmlInit()

@@ -38,8 +38,8 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     ``observe(event, key, size_bytes)`` is called with ``"alloc"`` and ``"free"`` as they happen;
     ``operation(func, inputs, outputs)`` after each operation with the keys of the storages it read and
-    returned; ``calling(func, args, kwargs)`` before it. Each may be None. ``live_bytes`` and ``peak_bytes`` are
-    kept in any case.
+    returned; ``calling(func, args, kwargs)`` before it and ``called(func, args, kwargs, outputs)`` after it. Each may
+    be None. ``live_bytes`` and ``peak_bytes`` are kept in any case.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         observe: Callable[[str, int, int], None] | None = None,
         operation: Callable[[Any, list[int], list[int]], None] | None = None,
         calling: Callable[[Any, Any, Any], None] | None = None,
+        called: Callable[[Any, Any, Any, Any], None] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.block_bytes = block_bytes
@@ -57,6 +58,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._observe = observe
         self._operation = operation
         self._calling = calling
+        self._called = called
         self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self._keys: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
         self._next_key = 0
@@ -97,6 +99,8 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._calling is not None:
             self._calling(func, args, kwargs)
         outputs = func(*args, **(kwargs or {}))
+        if self._called is not None:
+            self._called(func, args, kwargs or {}, outputs)
         if self._operation is None:
             for tensor in _tensors(outputs):
                 self._key(tensor)

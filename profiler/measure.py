@@ -91,7 +91,8 @@ def profile(
         if world_size > 1:
             raise ValueError(
                 f"The link between processes is measured by running {world_size} of them, and nothing is run for "
-                f"{device} as asked. Leave --world-size out, or profile on the device."
+                f"{device} as asked. Leave --world-size out: planner optimize takes the catalogue's link, where it has "
+                "the device."
             )
         if noise_steps:
             raise ValueError(

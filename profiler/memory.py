@@ -15,9 +15,10 @@ does not depend on whether those were recomputed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
 
 import torch
 from torch._prims_common import is_non_overlapping_and_dense_or_false
@@ -100,6 +101,16 @@ Run = Literal["plain", "dropped", "evaluation"]
 """``dropped``: saved tensors are let go. ``evaluation``: no gradients, and the model in evaluation mode."""
 
 
+class StepCounter(Protocol):
+    """What may watch a plain run beside the tracer: windows, saved tensors and operations of the recorded step."""
+
+    def entered(self, window: Window) -> None: ...
+
+    def saved(self) -> None: ...
+
+    def called(self, func: Any, args: Any, kwargs: Any, outputs: Any) -> None: ...
+
+
 class MemoryTracer:
     """Runs fake steps of one workload, whose model is in training mode, and turns them into curves."""
 
@@ -122,9 +133,19 @@ class MemoryTracer:
         self._workspaces = workspaces
         self._absent = absent
 
-    def memory(self, precision: Precision, batch_sizes: tuple[int, int]) -> PrecisionMemory:
-        """Curves of a step at ``precision``, affine through two micro-batch sizes; constant when they are equal."""
-        analyses = {size: self._analyse(precision, size) for size in dict.fromkeys(batch_sizes)}
+    def memory(
+        self,
+        precision: Precision,
+        batch_sizes: tuple[int, int],
+        counters: Mapping[int, StepCounter] = MappingProxyType({}),
+    ) -> PrecisionMemory:
+        """Curves of a step at ``precision``, affine through two micro-batch sizes; constant when they are equal.
+
+        ``counters``: what watches the plain step of a micro-batch size.
+        """
+        analyses = {
+            size: self._analyse(precision, size, counters.get(size)) for size in dict.fromkeys(batch_sizes)
+        }
         small, large = (analyses[size] for size in batch_sizes)
         fit = _Fit(*batch_sizes)
         trace = small.plain
@@ -144,16 +165,27 @@ class MemoryTracer:
         """The peak of a fake plain step of two micro-batches, read directly."""
         return self.trace(precision, batch_size, "plain").peak_bytes
 
-    def _analyse(self, precision: Precision, batch_size: int) -> _Analysis:
+    def _analyse(self, precision: Precision, batch_size: int, counter: StepCounter | None) -> _Analysis:
         return _analyse(
-            self.trace(precision, batch_size, "plain"),
+            self.trace(precision, batch_size, "plain", counter),
             self.trace(precision, batch_size, "dropped"),
             self.trace(precision, batch_size, "evaluation"),
             len(self._stages),
         )
 
-    def trace(self, precision: Precision, batch_size: int, run: Run) -> Trace:
-        """A fake ``plain`` step of two micro-batches, or one forward pass: ``dropped``, ``evaluation``."""
+    def trace(
+        self,
+        precision: Precision,
+        batch_size: int,
+        run: Run,
+        counter: StepCounter | None = None,
+        *,
+        longest: bool = True,
+    ) -> Trace:
+        """A fake ``plain`` step of two micro-batches, or one forward pass: ``dropped``, ``evaluation``.
+
+        ``longest``: on the longest batches of the workload, where it tells them apart.
+        """
         model = self._workload.model
         trace = Trace()
         recording = False
@@ -174,7 +206,11 @@ class MemoryTracer:
             else:
                 trace.events.append(Operate(kind_of(func, args, kwargs) if self._workspaces else None))
 
-        live = LiveStorages(block_bytes=self._block_bytes, observe=observe, calling=calling)
+        def called(func: Any, args: Any, kwargs: Any, outputs: Any) -> None:
+            if recording and counter is not None:
+                counter.called(func, args, kwargs, outputs)
+
+        live = LiveStorages(block_bytes=self._block_bytes, observe=observe, calling=calling, called=called)
 
         def mark(window: Window, boundary: torch.Tensor | None) -> None:
             if window[0] != "backward":
@@ -183,6 +219,8 @@ class MemoryTracer:
                 make_state()
             if recording:
                 trace.events.append(Enter(window, live.key_of(boundary) if boundary is not None else None))
+                if counter is not None:
+                    counter.entered(window)
 
         def make_state() -> None:
             """An update before the one that is recorded, which finds the optimizer's state as every later one does."""
@@ -196,10 +234,13 @@ class MemoryTracer:
             key = live.key_of(tensor)
             if recording and key is not None:
                 trace.events.append(Save(key))
+                if counter is not None:
+                    counter.saved()
             return None if run == "dropped" else tensor
 
         marks = WindowMarks(self._stages, mark)
-        real = [self._workload.worst_batch(batch_size) for _ in range(2)]
+        batch = self._workload.worst_batch if longest else self._workload.batch
+        real = [batch(batch_size) for _ in range(2)]
         with (
             pretending(model, real, absent=self._absent, watch=live) as batches,
             marks.watching(model),

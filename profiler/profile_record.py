@@ -177,7 +177,8 @@ class ParameterRecord(Record):
 class Link(Record):
     """How fast ``world_size`` processes move data between them: ``latency + bytes / rate`` seconds a message.
 
-    ``bytes_per_second``: what one process sends (and receives) of it, as collectives are compared by.
+    ``bytes_per_second``: what one process sends (and receives) of it, as collectives are compared by. ``error``: of
+    these seconds, relative. ``source``: measured between processes, or what the catalogue says of the device.
     """
 
     world_size: Annotated[int, Meta(ge=2)]
@@ -185,6 +186,7 @@ class Link(Record):
     latency_seconds: Seconds
     bytes_per_second: Annotated[float, Meta(gt=0)]
     error: Annotated[float, Meta(ge=0)]
+    source: Literal["measured", "catalogue"] = "measured"
 
 
 class DeviceRecord(Record):

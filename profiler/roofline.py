@@ -25,17 +25,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.optimize import minimize
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from profiler.absent import AbsentCuda
 from profiler.chain import Stage
 from profiler.events import Window
-from profiler.memory import WindowMarks
-from profiler.pretend import pretending
+from profiler.memory import MemoryTracer
 from profiler.profile_record import Precision, StageTime, StepTime
-from profiler.step import Stepper, build_optimizer
 from profiler.workload import Workload
 
 MICRO_BATCHES = 2
@@ -108,29 +105,11 @@ def step_costs(
     absent: AbsentCuda | None = None,
 ) -> StepCosts:
     """Run one fake step of two micro-batches and note what every operation costs."""
-    model = workload.model
-    recorder = _Recorder()
-    marks = WindowMarks(stages, lambda window, boundary: recorder.enter(window))
-    real = [workload.batch(batch_size) for _ in range(MICRO_BATCHES)]
-    with (
-        pretending(model, real, absent=absent, watch=recorder) as batches,
-        marks.watching(model),
-        torch.autograd.graph.saved_tensors_hooks(recorder.saved, lambda tensor: tensor),
-    ):
-        stepper = Stepper(
-            model=model,
-            loss=workload.loss,
-            optimizer=build_optimizer(optimizer, model),
-            precision=precision,
-            device_type="cuda" if absent else "cpu",
-        )
-        stepper.step(batches, MICRO_BATCHES, marks)
-    return StepCosts(
-        micro_batch_size=batch_size,
-        stages=len(stages),
-        windows={window: tuple(found) for window, found in recorder.windows.items()},
-        until_saved=recorder.until_saved,
-    )
+    counter = OperationCounter()
+    device_type = "cuda" if absent else "cpu"
+    tracer = MemoryTracer(workload, stages, optimizer, device_type=device_type, absent=absent)
+    tracer.trace(precision, batch_size, "plain", counter, longest=False)
+    return counter.costs(batch_size, len(stages))
 
 
 def between(small: StepCosts, large: StepCosts, micro_batch_size: int) -> StepCosts | None:
@@ -160,41 +139,44 @@ def between(small: StepCosts, large: StepCosts, micro_batch_size: int) -> StepCo
     )
 
 
-STATE_MAKERS = ("zeros_like", "zeros")
-"""What the optimizer's first update does and no later one: it makes its state."""
-
 GATHERS = ("embedding", "index_select", "gather", "index")
 """Operations that read as many elements of their first input as they return, not all of it."""
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes every operation in the window it falls in."""
+class OperationCounter:
+    """Notes what every operation of a step costs, in the window it falls in."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.windows: dict[Window, list[Operation]] = {}
-        self.until_saved: dict[int, int] = {}
+        self._windows: dict[Window, list[Operation]] = {}
+        self._until_saved: dict[int, int] = {}
         self._window: Window = ("between", 0, 0)
 
-    def enter(self, window: Window) -> None:
+    def entered(self, window: Window) -> None:
+        """What is called from now on belongs to this window."""
         self._window = window
-        self.windows.setdefault(window, [])
+        self._windows.setdefault(window, [])
 
-    def saved(self, tensor: torch.Tensor) -> torch.Tensor:
+    def saved(self) -> None:
+        """A tensor was saved for the backward pass."""
         phase, micro_batch, stage = self._window
         if phase == "forward" and micro_batch == 0:
-            self.until_saved[stage] = len(self.windows[self._window])
-        return tensor
+            self._until_saved[stage] = len(self._windows[self._window])
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        outputs = func(*args, **(kwargs or {}))
-        if func.namespace != "prim" and self._window in self.windows:
-            made = _operation(func, args, kwargs or {}, outputs)
-            if made is not None and not (self._window[0] == "optimizer" and made.name in STATE_MAKERS):
-                self.windows[self._window].append(made)
-        return outputs
+    def called(self, func: Any, args: Any, kwargs: Any, outputs: Any) -> None:
+        """An operation has run."""
+        if func.namespace != "prim" and self._window in self._windows:
+            made = _operation(func, args, kwargs, outputs)
+            if made is not None:
+                self._windows[self._window].append(made)
+
+    def costs(self, micro_batch_size: int, stages: int) -> StepCosts:
+        """All that was noted."""
+        return StepCosts(
+            micro_batch_size=micro_batch_size,
+            stages=stages,
+            windows={window: tuple(found) for window, found in self._windows.items()},
+            until_saved=self._until_saved,
+        )
 
 
 def _operation(func: Any, args: Any, kwargs: Any, outputs: Any) -> Operation | None:

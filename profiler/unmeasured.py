@@ -40,7 +40,9 @@ from profiler.roofline import (
     CPU_EFFICIENCY,
     CUDA_EFFICIENCY,
     Efficiency,
+    OperationCounter,
     Rates,
+    StepCosts,
     between,
     step_costs,
     step_time,
@@ -143,17 +145,22 @@ def profile_unmeasured(
                     hopeless.append(HopelessPrecision(precision=precision, slowdown=slowdown))
                     progress(f"{precision}: {slowdown:.1f} times slower than fp32 here, left out")
                     continue
-                progress(f"{precision}: tracing memory")
-                memory = tracer.memory(precision, traced_sizes(sizes))
-                at_one = tracer.memory(precision, (1, 1)) if sizes[0] == 1 else None
-                progress(f"{precision}: counting operations")
+                progress(f"{precision}: tracing memory and counting operations")
+                counters = {size: OperationCounter() for size in (sizes[0], sizes[-1])}
+                shared = counters if workload.longest_batch is None else {}
+                memory = tracer.memory(precision, traced_sizes(sizes), shared)
+                at_one = tracer.memory(precision, (1, 1), shared) if sizes[0] == 1 else None
+                if not shared:
+                    for size, counter in counters.items():
+                        tracer.trace(precision, size, "plain", counter, longest=False)
+                costs = [counter.costs(size, len(stages)) for size, counter in counters.items()]
                 found.append(
                     PrecisionProfile(
                         precision=precision,
                         memory=msgspec.structs.replace(memory, other_bytes=target.other_bytes),
                         memory_at_one=at_one
                         and msgspec.structs.replace(at_one, other_bytes=target.other_bytes),
-                        wall=_times(workload, stages, optimizer, precision, sizes, target),
+                        wall=_times(workload, stages, optimizer, precision, sizes, target, costs),
                         process_cpu=None,
                     )
                 )
@@ -200,15 +207,13 @@ def _times(
     precision: Precision,
     sizes: Sequence[int],
     target: Target,
+    ends: Sequence[StepCosts],
 ) -> tuple[StepTime, ...]:
-    """Times at every size: operations are counted at the ends and lie on a line between, else at each."""
-    ends = {
-        size: step_costs(workload, stages, optimizer, precision, size, target.absent)
-        for size in dict.fromkeys((sizes[0], sizes[-1]))
-    }
+    """Times at every size: operations lie on a line between those counted at the ends, else are counted at each."""
+    known = {costs.micro_batch_size: costs for costs in ends}
     times = []
     for size in sizes:
-        costs = ends.get(size) or between(ends[sizes[0]], ends[sizes[-1]], size)
+        costs = known.get(size) or between(ends[0], ends[-1], size)
         if costs is None:
             costs = step_costs(workload, stages, optimizer, precision, size, target.absent)
         times.append(step_time(costs, target.rates, target.efficiency))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,13 +67,24 @@ def kind_of(function: torch._ops.OpOverload, args: Any, kwargs: Any) -> Kind | N
             if leaf.dtype is torch.uint8:
                 found.append("bytes")  # a kernel's own buffer, whose size a fake one may not know
                 continue
-            strides = tuple(leaf.stride()) if leaf.layout is torch.strided else ()
-            found.append(_Shape(tuple(leaf.shape), strides, leaf.dtype))
+            found.append(_Shape(tuple(leaf.shape), _strides(leaf), leaf.dtype))
         elif isinstance(leaf, torch.device | torch.Generator | float):
             found.append("any")  # a learning rate or an epsilon decides on no kernel's scratch memory
         else:
             found.append(leaf if isinstance(leaf, Hashable) else repr(leaf))
     return Kind(function, tuple(found)) if floats else None
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Strides without those that lead nowhere: of a dimension of one, fake and real tensors have different ones."""
+    if tensor.layout is not torch.strided:
+        return ()
+    return tuple(0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _of_any_strides(kind: Kind) -> Kind:
+    leaves = (replace(leaf, stride=()) if isinstance(leaf, _Shape) else leaf for leaf in kind.leaves)
+    return Kind(kind.function, tuple(leaves))
 
 
 class Workspaces:
@@ -82,6 +93,7 @@ class Workspaces:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._taken: dict[Kind, Taken] = {}
+        self._taken_of_any_strides: dict[Kind, Taken] = {}
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -95,12 +107,16 @@ class Workspaces:
                 yield
             rises = watch.rises.of_all()
         for (kind, output_bytes), rise in zip(watch.calls, rises, strict=True):
-            before = self._taken.get(kind)
-            self._taken[kind] = Taken(max(rise, before.peak_bytes if before else 0), output_bytes)
+            for known, name in ((self._taken, kind), (self._taken_of_any_strides, _of_any_strides(kind))):
+                before = known.get(name)
+                known[name] = Taken(max(rise, before.peak_bytes if before else 0), output_bytes)
 
     def taken(self, kind: Kind) -> Taken | None:
-        """What the operation takes; None for one that no real step showed."""
-        return self._taken.get(kind)
+        """What the operation takes; None for one that no real step showed.
+
+        Where a fake tensor is laid out otherwise than the real one, the most that the operation took with any layout.
+        """
+        return self._taken.get(kind) or self._taken_of_any_strides.get(_of_any_strides(kind))
 
 
 class _CpuRises:

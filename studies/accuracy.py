@@ -3,21 +3,26 @@
     for each model:  planner profile ──▶ random plans (segments, b, k, precision) ──▶ planner verify, one by one
                                       predicted step time and peak ◀──▶ measured ones
 
-Peak memory is the allocator's own, of a fresh process. Step time is read from the wall clock and from the process's own
-CPU clock, which does not count what others on a shared machine took. It is judged on the latter, at the speed that a
-yardstick beside every step tells ("steady", see profiler/yardstick.py); all three are kept. Each verification
-calibrates the errors that the next predictions state, from nothing at the beginning. Writes results/accuracy.json and
-accuracy.png.
+Peak memory is the allocator's own, of a fresh process. Step time is judged on the steadiest clock (a CPU process's own,
+which does not count what others on a shared machine took) at the speed that a yardstick beside every step tells
+("steady", see profiler/yardstick.py); the other readings are kept as well. Each verification calibrates the errors that
+the next predictions state, from nothing at the beginning. On a CUDA device every row also has what the roofline says of
+it without running anything.
 
-    python -m studies.accuracy                       # the whole matrix, about 40 minutes on 2 cores
+Results go to results/accuracy-DEVICE.json, model by model: a run of some models replaces their rows and no others.
+
+    python -m studies.accuracy                       # the whole matrix, about an hour on 2 cores
     python -m studies.accuracy --only unet --plans 2
+    python -m studies.accuracy --device cuda         # GPT-2 small and medium, BERT, ViT, ResNet-50 at full size
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -26,12 +31,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import torch
+
 from planner import calibration, optimize
-from planner.cost import instead, name_segments, predict
+from planner.cost import index_segments, instead, name_segments, predict
 from planner.placement import Segments
 from planner.plan import Choice, Plan
-from profiler import records
-from profiler.profile_record import Profile
+from profiler import catalogue, records
+from profiler.device import describe
+from profiler.profile_record import DeviceRecord, Profile
 from studies.runs import RESULTS, document, provenance, run, write
 
 TIME_LIMIT_SECONDS = 600.0
@@ -87,6 +96,15 @@ CASES = (
 )
 
 
+ON_CUDA = (
+    Case(model="gpt2", batch="2,4,8", flags=("--seq-len", "1024", *BF16), steps=10),
+    Case(model="studies.workloads:gpt2_medium", batch="1,2,4", flags=BF16, steps=10),
+    Case(model="transformers:bert", batch="4,8,16", flags=("--seq-len", "512", *BF16), steps=10),
+    Case(model="transformers:vit", batch="16,32,64", flags=BF16, steps=10),
+    Case(model="resnet50", batch="16,32,64", flags=("--image-size", "224", *BF16), steps=10),
+)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
@@ -97,43 +115,80 @@ def main() -> int:
         "--steps", type=int, help="steps to time of each kind (default: 20, or 8 for the large models)"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
-    cases = [case for case in CASES if options.only in case.model]
-    rows: list[Row] = []
-    device: dict[str, Any] = {}
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA device, and this machine has none. Run it on one that has.")
+    cases = [case for case in (ON_CUDA if options.device == "cuda" else CASES) if options.only in case.model]
+    if not cases:
+        parser.error(f"--only {options.only} must be part of a model's name, and no model has it.")
+    results = Results(describe(torch.device(options.device)))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PLANNER_HOME"] = str(Path(folder) / "state")
         for case in cases:
             steps = options.steps or case.steps
-            profile = profiled(case, Path(folder), steps)
-            device = records_of(profile)
+            profile = profiled(case, options.device, Path(folder), steps)
+            beforehand = roofline(case, profile, Path(folder))
+            rows = []
             for plan in random_plans(profile, options.plans, options.seed):
-                rows.append(measured(case, plan, Path(folder), steps))
+                rows.append(measured(case, plan, Path(folder), steps) | of_roofline(beforehand, plan))
                 print(line(rows[-1]), flush=True)
-    summary = summarise(rows)
-    print("\n".join(f"{name}: {value}" for name, value in summary.items()))
-    if not options.only:
-        head = provenance("python -m studies.accuracy") | device
-        print(f"written to {write('accuracy', head | {'summary': summary, 'rows': rows})}")
-        draw(rows, RESULTS / "accuracy.png")
+            results.replace(case, profile, rows)
+    print("\n".join(f"{name}: {value}" for name, value in summarise(results.rows).items()))
+    print(f"written to {results.path}")
     return 0
 
 
-def profiled(case: Case, folder: Path, steps: int) -> Profile:
+class Results:
+    """The file of one device: its rows, and on CUDA the profiles beside it, for tests to compose the peaks again."""
+
+    def __init__(self, device: DeviceRecord) -> None:
+        self._device = device
+        name = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
+        self._name = f"accuracy-{name}"
+        self.path = RESULTS / f"{self._name}.json"
+        self.rows: list[Row] = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
+
+    def replace(self, case: Case, profile: Profile, rows: Sequence[Row]) -> None:
+        """Write the rows of a model in the place of those it had, and the picture of all."""
+        head = provenance("python -m studies.accuracy") | {"device": msgspec.to_builtins(self._device)}
+        own = [{"date": head["date"], "commit": head["commit"]} | row for row in rows]
+        self.rows = [row for row in self.rows if row["model"] != case.model] + own
+        write(self._name, head | {"summary": summarise(self.rows), "rows": self.rows})
+        draw(self.rows, self.path.with_suffix(".png"))
+        if self._device.kind == "cuda":
+            records.write(RESULTS / f"{self._name}-{case.name}.profile.json", profile)
+
+
+def profiled(case: Case, device: str, folder: Path, steps: int) -> Profile:
     """The model's profile, made by the command in a process of its own."""
-    path = folder / f"{case.name}.profile.json"
+    path = folder / f"{case.name}.{device}.profile.json"
     flags = ("--batch", case.batch, "--optimizer", case.optimizer, *(case.flags or ("--precision", "fp32")))
     if "--precision" not in flags:
         flags += ("--precision", "fp32")
-    flags += ("--steps", str(steps), "-o", str(path))
+    flags += ("--device", device, "--steps", str(steps), "-o", str(path))
     run("profile", case.model, *flags, time_limit_seconds=TIME_LIMIT_SECONDS)
     return records.read(path, Profile)
 
 
-def records_of(profile: Profile) -> dict[str, Any]:
-    """The device as it goes into the results."""
-    device = profile.device
-    return {"device": {"name": device.name, "memory_bytes": device.memory_bytes, "threads": device.threads}}
+def roofline(case: Case, profile: Profile, folder: Path) -> Profile | None:
+    """What is said of a CUDA device when only its name is known; None for a CPU and for one not in the catalogue."""
+    known = catalogue.titled(profile.device.name)
+    return None if known is None else profiled(case, known.name, folder, 1)
+
+
+def of_roofline(beforehand: Profile | None, plan: Plan) -> Row:
+    """What that profile predicts of the plan."""
+    at_precision = None if beforehand is None else beforehand.at(plan.precision)
+    if beforehand is None or at_precision is None:
+        return {}
+    prediction = predict(
+        beforehand, at_precision, micro_batch_size=plan.micro_batch_size,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        segments=index_segments(beforehand, plan.checkpoint),
+    )  # fmt: skip
+    costs = {name: getattr(prediction, name) for name in ("step_seconds", "peak_memory_bytes")}
+    return {"roofline": costs | {"stated_error": msgspec.to_builtins(prediction.error)}}
 
 
 def random_plans(profile: Profile, count: int, seed: int) -> Iterator[Plan]:
@@ -181,7 +236,7 @@ def measured(case: Case, plan: Plan, folder: Path, steps: int) -> Row:
     """Verify one plan in a fresh process; the row keeps what was predicted, stated and measured."""
     path = plan.save(folder / f"{case.name}.plan.json")
     found = document("verify", str(path), "--steps", str(steps), time_limit_seconds=TIME_LIMIT_SECONDS)
-    names = ("step_seconds", "step_cpu_seconds", "peak_memory_bytes")
+    names = ("step_seconds", "step_cpu_seconds", "peak_memory_bytes", "peak_reserved_bytes")
     speed = found["measured"]["device_speed"]
     return {
         "model": case.model,
@@ -191,6 +246,7 @@ def measured(case: Case, plan: Plan, folder: Path, steps: int) -> Row:
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "precision": plan.precision,
         "segments": [[segment.first, segment.last] for segment in plan.checkpoint],
+        "steps": steps,
         "predicted": {name: getattr(plan.prediction, name) for name in names}
         | {"steady_seconds": plan.prediction.steady_seconds / speed},
         "stated_error": {
@@ -198,7 +254,7 @@ def measured(case: Case, plan: Plan, folder: Path, steps: int) -> Row:
             "peak_memory_bytes": plan.prediction.error.peak_memory_bytes,
         },
         "measured": {name: found["measured"][name] for name in names}
-        | {"steady_seconds": found["measured"]["step_cpu_seconds"]},
+        | {"steady_seconds": found["measured"]["step_cpu_seconds"] or found["measured"]["step_seconds"]},
         "relative_error": {
             name: found["measured"]["relative_error"][name] for name in (*names, "steady_seconds")
         },
@@ -209,12 +265,13 @@ def measured(case: Case, plan: Plan, folder: Path, steps: int) -> Row:
 
 def line(row: Row) -> str:
     errors, taken = row["relative_error"], row["measured"]
+    cpu = "" if errors["step_cpu_seconds"] is None else f"{errors['step_cpu_seconds']:+6.1%} CPU "
     return (
         f"{row['model']:32} b={row['micro_batch_size']:<3} k={row['gradient_accumulation_steps']} "
         f"{row['precision']} {row['optimizer']:13} {len(row['segments']):2} segments   "
         f"peak {taken['peak_memory_bytes'] / 2**20:8.1f} MiB {errors['peak_memory_bytes']:+.3%}   "
         f"step {taken['step_seconds']:6.3f} s {errors['step_seconds']:+6.1%} wall "
-        f"{errors['step_cpu_seconds']:+6.1%} CPU {errors['steady_seconds']:+6.1%} at {row['device_speed']:.0%} speed "
+        f"{cpu}{errors['steady_seconds']:+6.1%} at {row['device_speed']:.0%} speed "
         f"(stated {row['stated_error']['step_seconds']:.1%})"
     )
 
@@ -223,7 +280,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """Means and worst cases, and how often the stated error held."""
 
     def errors(name: str) -> list[float]:
-        return [row["relative_error"][name] for row in rows]
+        found = [row["relative_error"][name] for row in rows]
+        return [error for error in found if error is not None]
 
     def share(name: str) -> float:
         return statistics.mean(bool(row["within"][name]) for row in rows)
@@ -237,8 +295,15 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         "memory_error_lowest": min(memory),
         "memory_within_stated": share("peak_memory_bytes"),
     }
+    if reserved := errors("peak_reserved_bytes"):
+        summary |= {
+            "reserved_error_mean": statistics.mean(map(abs, reserved)),
+            "reserved_error_max": max(map(abs, reserved)),
+        }
     for clock, name in (("wall", "step_seconds"), ("cpu", "step_cpu_seconds"), ("steady", "steady_seconds")):
         found = errors(name)
+        if not found:
+            continue
         stated = [row["stated_error"]["step_seconds"] for row in rows]
         summary |= {
             f"time_error_mean_{clock}": statistics.mean(map(abs, found)),
@@ -262,7 +327,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     colours = pyplot.get_cmap("tab20")
     for axes, name, scale, title in (
         (panels[0], "peak_memory_bytes", 2**20, "peak memory, MiB"),
-        (panels[1], "steady_seconds", 1.0, "step time (CPU clock, at its speed), s"),
+        (panels[1], "steady_seconds", 1.0, "step time at the device's speed, s"),
     ):
         values = [row[side][name] / scale for row in rows for side in ("measured", "predicted")]
         ends = (min(values) / 1.3, max(values) * 1.3)

@@ -53,6 +53,12 @@ def gpt2_of_three_blocks() -> Workload:
     return language_model(GPT2LMHeadModel(config), config.vocab_size, 256)
 
 
+def gpt2_medium() -> Workload:
+    """355 M parameters in 24 blocks, at 1,024 tokens."""
+    config = GPT2Config(n_layer=24, n_embd=1024, n_head=16, use_cache=False)
+    return language_model(GPT2LMHeadModel(config), config.vocab_size, 1024)
+
+
 def llama() -> Workload:
     """Six blocks with grouped-query attention and a gated MLP."""
     config = LlamaConfig(

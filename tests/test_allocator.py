@@ -175,6 +175,48 @@ def test_kinds_are_equal_for_equal_shapes_and_differ_in_strides_types_and_scalar
     assert kind_of(torch.ops.aten.t.default, (one,), None) is None
 
 
+def test_strides_that_lead_nowhere_make_no_other_kind() -> None:
+    norm = torch.ops.aten.relu.default
+    kinds = [kind_of(norm, (torch.ones(6).as_strided((1, 6), (far, 1)),), None) for far in (1, 6)]
+    assert kinds[0] == kinds[1]
+
+
+def test_an_operation_on_another_layout_takes_the_most_that_was_seen() -> None:
+    workspaces, wide = Workspaces(CPU), torch.ones(64, 32)
+    with workspaces.watching():
+        torch.relu(wide)
+    known, other = (kind_of(torch.ops.aten.relu.default, (t,), None) for t in (wide, torch.ones(32, 64).t()))
+    assert known is not None
+    assert other is not None
+    assert known != other
+    taken = workspaces.taken(known)
+    assert taken is not None
+    assert taken.peak_bytes == 64 * 32 * 4
+    assert workspaces.taken(other) == taken
+
+
+class Patches(nn.Module):
+    """A convolution over patches, whose gradient comes back with its channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 64, 8, stride=8)
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.patch(x).flatten(2).transpose(1, 2)).mean(1)
+
+
+def test_a_single_sample_is_predicted_to_the_byte() -> None:
+    workload = Workload(
+        model=Patches(),
+        batch=lambda size: torch.ones(size, 3, 64, 64),
+        loss=lambda model, batch: model(batch).square().mean(),
+    )
+    traced, real = traced_and_real(workload, 1, watch=True)
+    assert traced == real
+
+
 def test_an_unknown_kind_adds_nothing() -> None:
     found = kind_of(torch.ops.aten.add.Tensor, (torch.ones(2), torch.ones(2)), None)
     assert found is not None

@@ -229,6 +229,7 @@ def test_a_plan_that_does_not_hold_exits_5(planner: Run, planned: Path, tmp_path
     assert done.returncode == 5, done.stderr
     assert "the plan does not hold" in done.stdout
     assert "1.00 GiB" in done.stdout
+    assert "of the profile's speed" in done.stdout
 
 
 def test_a_baseline_is_run_as_it_was_predicted_whether_or_not_it_fits(planner: Run, planned: Path) -> None:

@@ -364,7 +364,6 @@ def test_where_nothing_tells_joules_none_are_measured(
 
 @pytest.mark.gpu
 def test_a_gpu_draws_more_when_it_works_than_when_it_waits() -> None:
-    pytest.importorskip("pynvml", reason="needs nvidia-ml-py")
     counter = energy.find_counter(torch.device("cuda", 0))
     if counter is None:
         pytest.skip("this GPU does not count joules")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from planner.time import (
     RECOMPUTE_ERROR,
@@ -91,6 +92,14 @@ def test_between_two_profiled_sizes_every_time_is_on_the_line_between_them() -> 
     )
 
 
+def test_the_yardstick_is_on_the_line_between_them_too_and_unknown_where_one_is() -> None:
+    low, high = (
+        replace(step(stage(1, 1, 1, 1), size=b), yardstick_seconds=y) for b, y in ((4, 1.0), (8, 2.0))
+    )
+    assert at_micro_batch((low, high), 5).yardstick_seconds == 1.25
+    assert at_micro_batch((low, replace(high, yardstick_seconds=None)), 5).yardstick_seconds is None
+
+
 def test_of_three_profiled_sizes_the_two_around_are_used() -> None:
     times = [step(stage(value, 0, 0, 0), size=size) for size, value in ((1, 0), (2, 10), (4, 100))]
     assert at_micro_batch(times, 3).stages[0].forward_seconds == 55
@@ -104,13 +113,8 @@ def test_nothing_is_said_outside_of_the_profiled_range(size: int) -> None:
 
 
 def test_the_stated_error_is_at_least_the_method_s_own() -> None:
-    """Two micro-batches: 14 + 14 + 17 + 0.5 + 0.25 = 45.75."""
-    assert expected_error(step(*TIMES.stages, whole=45.75)) == RECOMPUTE_ERROR
-
-
-def test_the_stated_error_is_what_the_parts_were_off_when_that_is_more() -> None:
-    assert expected_error(step(*TIMES.stages, whole=36.6)) == pytest.approx(0.25)
+    assert expected_error(step(*TIMES.stages, spread=RECOMPUTE_ERROR / 2)) == RECOMPUTE_ERROR
 
 
 def test_the_stated_error_is_the_noise_when_that_is_more() -> None:
-    assert expected_error(step(*TIMES.stages, whole=45.75, spread=0.125)) == 0.125
+    assert expected_error(step(*TIMES.stages, spread=0.125)) == 0.125

@@ -174,6 +174,11 @@ def show(plan: Plan, path: Path, study: str | None) -> None:
                     "micro-batch",
                     f"{plan.micro_batch_size}, accumulated {plan.gradient_accumulation_steps} times",
                 ),
+                *(
+                    [("processes", f"{plan.world_size}, ZeRO stage {plan.zero_stage}")]
+                    if plan.world_size > 1
+                    else []
+                ),
                 ("precision", plan.precision),
                 ("recomputed", recomputed[0]),
                 *(("", line) for line in recomputed[1:]),
