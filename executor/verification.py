@@ -87,7 +87,7 @@ def verify(
             progress("warming up")
             step(batch)
             clocks = Clocks()
-            yardstick = Yardstick(device)
+            yardstick = Yardstick.of(stepper, placed.batch(plan.micro_batch_size), device)
             while len(clocks.wall) < steps or (
                 sum(clocks.wall) < SHORTEST_SECONDS and len(clocks.wall) < MOST_STEPS
             ):

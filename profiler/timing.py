@@ -139,7 +139,7 @@ def measure_times(
         with workspaces.watching():
             _check_finite(stepper.step(worst, MICRO_BATCHES_PER_STEP, marks), precision, micro_batch_size)
         saves.learn()
-        yardstick = Yardstick(device)
+        yardstick = Yardstick.of(stepper, batches[0], device)
         while len(readings) < steps or (spent < SHORTEST_SECONDS and len(readings) < MOST_STEPS):
             synchronize(device)
             clock.start()

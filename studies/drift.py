@@ -37,7 +37,7 @@ def main() -> int:
         batches = [placed.batch(12)]
         stepper.step(batches, 1)
         for _ in range(options.steps):
-            beside = Yardstick(device)
+            beside = Yardstick.of(stepper, batches[0], device)
             wall, cpu = time.perf_counter(), process_cpu_seconds()
             stepper.step(batches, 1)
             steps.append(process_cpu_seconds() - cpu)

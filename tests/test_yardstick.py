@@ -1,42 +1,99 @@
-"""A fixed piece of work beside what is timed, which tells how fast the device is meanwhile."""
+"""Work that is timed between the steps, which tells how fast the device is meanwhile."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
-from profiler import yardstick
+import executor
+import planner
+import profiler
+from profiler.timing import stepper_for
 from profiler.yardstick import SHARE, Yardstick
+from tests.models import cnn
 
 CPU = torch.device("cpu")
+NAP_SECONDS = 0.01
+
+
+class Work:
+    """Takes a nap, and counts."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self) -> None:
+        self.times += 1
+        time.sleep(NAP_SECONDS)
 
 
 def test_it_runs_for_its_share_of_the_steps_that_it_runs_beside() -> None:
-    beside = Yardstick(CPU)
-    began = time.perf_counter()
-    beside.beside(2.0)
-    elapsed = time.perf_counter() - began
-    assert elapsed + beside.wall_seconds() >= SHARE * 2.0
-    assert elapsed <= SHARE * 2.0 + 5 * beside.wall_seconds()
+    work = Work()
+    yardstick = Yardstick(work, CPU)
+    before = work.times
+    yardstick.beside(1.0)
+    assert 5 <= work.times - before <= SHARE / NAP_SECONDS
+    assert NAP_SECONDS <= yardstick.wall_seconds() < 3 * NAP_SECONDS
+    assert yardstick.cpu_seconds() < NAP_SECONDS
 
 
 def test_short_steps_share_a_run() -> None:
-    beside = Yardstick(CPU)
-    beside.beside(0.0)
-    one = beside.wall_seconds()
-    began = time.perf_counter()
-    for _ in range(10):
-        beside.beside(one / 10)
-    assert time.perf_counter() - began < 4 * one
+    work = Work()
+    yardstick = Yardstick(work, CPU)
+    before = work.times
+    for _ in range(20):
+        yardstick.beside(NAP_SECONDS)
+    assert 1 <= work.times - before <= 4
 
 
-def test_a_device_of_half_the_speed_takes_twice_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    usual, slow = [], []
-    for _ in range(3):
-        monkeypatch.setattr(yardstick, "PRODUCTS", 8)
-        usual.append(Yardstick(CPU).cpu_seconds())
-        monkeypatch.setattr(yardstick, "PRODUCTS", 16)
-        slow.append(Yardstick(CPU).cpu_seconds())
-    assert 1.4 < min(slow) / min(usual) < 2.8
+def test_it_leaves_no_gradients_and_keeps_the_precision_of_the_steps() -> None:
+    workload = cnn()
+    stepper = stepper_for(workload, "sgd", "bf16", CPU)
+    seen: list[tuple[bool, bool]] = []
+    plain = stepper.loss
+
+    def loss(model: torch.nn.Module, batch: object) -> torch.Tensor:
+        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return plain(model, batch)
+
+    Yardstick.of(replace(stepper, loss=loss), workload.batch(2), CPU)
+    assert seen == [(False, True)] * 2
+    assert all(parameter.grad is None for parameter in workload.model.parameters())
+
+
+def test_a_plan_on_a_device_that_became_slower_is_judged_at_that_speed() -> None:
+    """Every module does ten milliseconds of useless work more than it did in the profile."""
+    workload = cnn(blocks=4)
+    profile = profiler.profile(workload, (2, 4), ("fp32",), "cpu", optimizer="sgd", steps=3)
+    plan = planner.optimize(profile, 4)
+
+    def tired(*_: object) -> None:
+        begin = time.process_time()
+        while time.process_time() - begin < NAP_SECONDS:
+            pass
+
+    slow = [m.register_forward_pre_hook(tired) for m in workload.model.modules() if not list(m.children())]
+    found = executor.verify(plan, workload, steps=3)
+    for hook in slow:
+        hook.remove()
+    assert found.device_speed is not None
+    assert found.device_speed < 0.5
+    off, steady = (found.relative_error[name] for name in ("step_cpu_seconds", "steady_seconds"))
+    assert off is not None
+    assert steady is not None
+    assert off < -0.4
+    assert steady > off + 0.1
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_profile_has_one_for_every_micro_batch_size_and_clock(size: int) -> None:
+    profile = profiler.profile(cnn(), (2, 4), ("fp32",), "cpu", optimizer="sgd", steps=1)
+    measured = profile.precisions[0]
+    assert measured.process_cpu is not None
+    for times in (measured.wall, measured.process_cpu):
+        at_size = next(t for t in times if t.micro_batch_size == size)
+        assert at_size.yardstick_seconds is not None
+        assert 0 < at_size.yardstick_seconds < at_size.step_seconds
