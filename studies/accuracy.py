@@ -321,6 +321,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.8), dpi=120)
     models = sorted({row["model"] for row in rows})
@@ -343,6 +344,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         mean = statistics.mean(abs(row["relative_error"][name]) for row in rows)
         axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured", ylabel="predicted")
         axes.set_title(f"{title}: off by {mean:.2%} on average, {worst:.2%} at worst", loc="left", fontsize=9)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
         axes.set_aspect("equal")
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(
