@@ -200,8 +200,8 @@ def measure(
     micro_batch_size: int,
     device: torch.device,
     window_seconds: float,
-) -> tuple[EnergyProfile | None, int]:
-    """The watts of every phase at every precision, and the micro-batches that it took.
+) -> EnergyProfile | None:
+    """The watts of every phase at every precision.
 
     The model is on ``device`` and keeps its weights. Two windows, and two more for each precision. No watts when the
     counter stands still.
@@ -220,11 +220,10 @@ def measure(
     updating = repeat(counter, updater.step, device, window_seconds)
     updater.zero_grad(set_to_none=True)
     windows.append(updating)
-    micro_batches = sum(1 + window.calls for pair in passes.values() for window in pair)
     if any(window.joules <= 0 for window in windows):
-        return None, micro_batches
+        return None
     resolution = TICK_SECONDS[counter.source] / min(window.seconds for window in windows)
-    found = EnergyProfile(
+    return EnergyProfile(
         source=counter.source,
         error=max(resolution, *(window.spread for window in windows)),
         phases=tuple(
@@ -238,7 +237,6 @@ def measure(
             for precision, (part, whole) in passes.items()
         ),
     )
-    return found, micro_batches
 
 
 def _forward_and_both(stepper: Stepper, batch: Any) -> tuple[Callable[[], object], Callable[[], object]]:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import msgspec
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from profiler import catalogue, energy, noise
 from profiler import device as devices
@@ -32,6 +35,7 @@ from profiler.profile_record import (
     ProfileCost,
 )
 from profiler.rehearsal import calling, rehearse
+from profiler.step import Loss
 from profiler.timing import (
     MICRO_BATCHES_PER_STEP,
     HopelessPrecisionError,
@@ -106,13 +110,13 @@ def profile(
     target = devices.resolve(device)
     began = time.perf_counter()
     block_bytes = CUDA_BLOCK_BYTES if target.type == "cuda" else 1
-    micro_batches = 0
     hopeless: list[HopelessPrecision] = []
     measured: list[PrecisionProfile] = []
-    with on_device(workload, target) as placed:
+    with on_device(workload, target) as given:
+        counted = _CountedLoss(given.loss)
+        placed = replace(given, loss=counted)
         progress("trying every call once")
         rehearse(placed, sizes[0], (*sizes[1:], DISCOVERY_BATCH_SIZE))
-        micro_batches += 1
         progress("finding the chain of stages")
         stages = discover(placed, batch_size=DISCOVERY_BATCH_SIZE)
         parameters = parameter_records(placed, stages, DISCOVERY_BATCH_SIZE)
@@ -128,7 +132,6 @@ def profile(
         unseen = 0
         for precision in wanted:
             if precision != "fp32" and not all_precisions:
-                micro_batches += 4
                 try:
                     with calling(f"loss(model, batch({sizes[0]})) in {precision}", placed.model, LEAVE_OUT):
                         check_worthwhile(placed, stages, precision, placed.batch(sizes[0]), target)
@@ -151,7 +154,6 @@ def profile(
                         workspaces=workspaces,
                     )
                 )
-                micro_batches += (steps + 1) * MICRO_BATCHES_PER_STEP
             progress(f"{precision}: tracing memory")
             if precision == "fp32":
                 unseen = _unseen_bytes(placed, tracer, optimizer, sizes[0], target)
@@ -171,14 +173,11 @@ def profile(
             )
         progress("measuring one real step's peak memory")
         check = _check_memory(placed, optimizer, sizes, target)
-        micro_batches += 2 * MICRO_BATCHES_PER_STEP
-        drawn, more = _energy(placed, measured, optimizer, sizes[-1], target, watts, progress)
-        micro_batches += more
+        drawn = _energy(placed, measured, optimizer, sizes[-1], target, watts, progress)
         noise_scale = None
         if noise_steps:
             progress(f"probing gradients: {noise_steps} steps of {noise.MICRO_BATCHES} micro-batches")
             noise_scale = noise.measure(placed, micro_batch_size=sizes[0], steps=noise_steps)
-            micro_batches += noise_steps * noise.MICRO_BATCHES
     link = None
     if world_size > 1:
         progress(f"measuring all-reduces between {world_size} processes")
@@ -195,12 +194,25 @@ def profile(
         precisions=tuple(measured),
         hopeless=tuple(hopeless),
         memory_check=check,
-        cost=ProfileCost(seconds=time.perf_counter() - began, micro_batches_run=micro_batches),
+        cost=ProfileCost(seconds=time.perf_counter() - began, micro_batches_run=counted.calls),
         energy=drawn,
         noise_scale=noise_scale,
         parameters=parameters,
         link=link,
     )
+
+
+class _CountedLoss:
+    """A workload's loss, and how often it ran for real: fake steps cost no micro-batch."""
+
+    def __init__(self, loss: Loss) -> None:
+        self.calls = 0
+        self._loss = loss
+
+    def __call__(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        if not isinstance(next(model.parameters()), FakeTensor):
+            self.calls += 1
+        return self._loss(model, batch)
 
 
 def _checked_sizes(batch_sizes: Sequence[int]) -> tuple[int, ...]:
@@ -229,16 +241,16 @@ def _energy(
     device: torch.device,
     watts: float | None,
     progress: Progress,
-) -> tuple[EnergyProfile | None, int]:
-    """What the device draws: as stated, else as a counter tells, else unknown; and the micro-batches it took."""
+) -> EnergyProfile | None:
+    """What the device draws: as stated, else as a counter tells, else unknown."""
     precisions = [each.precision for each in measured]
     counter = energy.find_counter(device)
     if watts is not None:
         instead = "" if counter is None else f", and not as the {counter.source} counter here tells"
         progress(f"energy: {watts:g} W in every phase, as stated{instead}")
-        return energy.stated(watts, precisions), 0
+        return energy.stated(watts, precisions)
     if counter is None:
-        return None, 0
+        return None
     progress(f"measuring watts of every phase ({counter.source})")
     return energy.measure(
         workload,

@@ -255,7 +255,7 @@ class NoiseScale(Record):
 
 
 class ProfileCost(Record):
-    """What the profile itself took: seconds in all, and micro-batches run on the device."""
+    """What the profile itself took: seconds in all, and forward passes run on the device, most with a backward one."""
 
     seconds: Seconds
     micro_batches_run: Annotated[int, Meta(ge=0)]

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import planner
 import profiler
@@ -138,11 +139,13 @@ def test_measuring_leaves_weights_buffers_gradients_mode_and_random_state_as_the
 def test_a_profile_changes_no_weight_by_a_single_bit() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 4))
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    ran: list[bool] = []
+    model[0].register_forward_hook(lambda module, *_: ran.append(isinstance(module.weight, FakeTensor)))
     profile = profiler.profile(
         workload_of(model), batch_sizes=(2, 4), precisions=("fp32",), device="cpu", steps=1
     )
     assert checked_peak_bytes(profile) == pytest.approx(profile.memory_check.measured_bytes, rel=0.01)
-    assert profile.cost.micro_batches_run == 2 * 2 * 2 + 4 + 1
+    assert profile.cost.micro_batches_run == ran.count(False) > 2 * 2 * 2 + 4 + 1
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
 
