@@ -12,10 +12,9 @@ by kind (profiler/workspaces.py) and put where the operation begins.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -74,6 +73,7 @@ class Peak:
 
 
 Event = Alloc | Free | Enter | Save | Operate | Accumulate | Peak
+EventT = TypeVar("EventT", Alloc, Free)
 
 
 @dataclass(slots=True)
@@ -188,19 +188,23 @@ def _reused(events: Sequence[Event]) -> dict[int, int]:
     for index, event in enumerate(events):
         if not isinstance(event, Accumulate):
             continue
-        following = itertools.islice(events, index + 1, None)
-        result = next(following, None)
-        if not isinstance(result, Alloc):
-            continue
-        dying = {
-            e.key
-            for e in itertools.takewhile(lambda e: isinstance(e, Free), following)
-            if isinstance(e, Free)
-        }
+        result = _run(events, index + 1, Alloc)[:1]
+        dying = {free.key for free in _run(events, index + 2, Free)}
         operand = next((key for key in event.reusable if key in dying), None)
-        if operand is not None:
-            reused[result.key] = operand
+        if result and operand is not None:
+            reused[result[0].key] = operand
     return reused
+
+
+def _run(events: Sequence[Event], start: int, kind: type[EventT]) -> list[EventT]:
+    """The events from ``start`` on as long as they are of one kind."""
+    found: list[EventT] = []
+    for index in range(start, len(events)):
+        event = events[index]
+        if not isinstance(event, kind):
+            break
+        found.append(event)
+    return found
 
 
 def _as_measured(events: Sequence[Event], workspaces: Workspaces) -> Iterator[Event]:
@@ -214,11 +218,9 @@ def _as_measured(events: Sequence[Event], workspaces: Workspaces) -> Iterator[Ev
                     yield event
                     continue
                 yield Peak(taken.peak_bytes)
-                following = itertools.islice(events, index + 1, None)
-                outputs = list(itertools.takewhile(lambda e: isinstance(e, Alloc), following))
+                outputs = _run(events, index + 1, Alloc)
                 if len(outputs) == len(taken.output_bytes):
-                    keys = (output.key for output in outputs if isinstance(output, Alloc))
-                    sizes.update(zip(keys, taken.output_bytes, strict=True))
+                    sizes.update(zip((output.key for output in outputs), taken.output_bytes, strict=True))
             case Alloc(key=key, size_bytes=size):
                 yield Alloc(key, sizes.get(key, size))
             case Free(key=key, size_bytes=size):
