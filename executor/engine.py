@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from executor.errors import PlanDoesNotFit
-from executor.recompute import Checkpoints, Stretch
+from executor.recompute import Checkpoints, Stretch, nest
 from planner.plan import Plan
 from profiler.chain import Call
 from profiler.device import keep_freed_memory
@@ -42,15 +42,17 @@ def apply_checkpoints(model: nn.Module, plan: Plan) -> Checkpoints:
     modules = {name for name, _ in model.named_modules()}
     stretches = []
     for segment in plan.checkpoint:
-        stretch = Stretch(Call.parse(segment.enter), Call.parse(segment.leave))
+        stretch = Stretch(
+            Call.parse(segment.enter), Call.parse(segment.leave), selective=segment.mode == "selective"
+        )
         for call in (stretch.enter, stretch.leave):
             if call is not None and call.module not in modules:
                 raise PlanDoesNotFit(
                     f"The plan for {plan.model} recomputes a segment at module {call.module!r}, which "
                     f"{type(model).__name__} has not. Profile and optimise this model."
                 )
-        stretches.append(stretch)
-    return Checkpoints(model, stretches)
+        stretches.append((segment.depth, stretch))
+    return Checkpoints(model, nest(stretches))
 
 
 class PreparedStep:

@@ -13,23 +13,33 @@ backward pass opens replays the recording, with the random state, autocast state
 time, fills all holders, and stops as soon as the last one is full. Then the recording is dropped, and with it
 the segment's input. This is the mechanism of ``torch.utils.checkpoint(use_reentrant=False)``, built on the
 same public ``saved_tensors_hooks``; gradients are bit-equal to those without.
+
+A segment may have segments inside. The replay around one runs it without filling its holders, and keeps for it
+what it began with; the first of *its* holders that is opened replays it in turn:
+
+    replay of the outer one    [ kept ][ inside: inputs and random state are kept, nothing is filled ][ kept ]
+    later, of the inner one                       [ kept                                ]
+
+A *selective* segment keeps the outputs of its products and attention, and a replay takes them from there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
 from profiler.chain import Call
+from profiler.selective import is_kept
 
 
 class SegmentError(RuntimeError):
@@ -38,36 +48,61 @@ class SegmentError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """A segment for the hooks: from the entry of one module call to the entry of another (None: the end)."""
+    """A segment for the hooks: from the entry of one module call to the entry of another (None: the end).
+
+    ``inside``: the segments that its second run recomputes in turn. ``selective``: products and attention are kept.
+    """
 
     enter: Call
     leave: Call | None
+    inside: tuple[Stretch, ...] = ()
+    selective: bool = False
+
+    def with_all_inside(self) -> Iterator[Stretch]:
+        """This segment and those inside of it, outer before inner ones."""
+        yield self
+        for stretch in self.inside:
+            yield from stretch.with_all_inside()
+
+
+def nest(stretches: Iterable[tuple[int, Stretch]]) -> tuple[Stretch, ...]:
+    """Segments with those inside of them, from (depth, segment) pairs in which outer ones come before inner ones."""
+    pairs = list(stretches)
+    nested: list[Stretch] = []
+    for index, (depth, stretch) in enumerate(pairs):
+        if depth == 0:
+            following = itertools.takewhile(lambda pair: pair[0] > 0, pairs[index + 1 :])
+            inside = nest((deeper - 1, inner) for deeper, inner in following)
+            nested.append(replace(stretch, inside=inside))
+    return tuple(nested)
 
 
 class Checkpoints:
     """Segments applied to a model. ``remove()`` takes them off; the model's state_dict never changes.
 
-    ``counts[i]`` is how often segment i was recorded and how often replayed, for tests and reports.
+    ``counts[i]`` is how often segment i ran without being kept and how often it was replayed, for tests and reports;
+    a segment is followed by those inside of it.
     """
 
     def __init__(self, model: nn.Module, stretches: Sequence[Stretch]) -> None:
         modules = dict(model.named_modules())
-        for stretch in stretches:
+        every = [each for stretch in stretches for each in stretch.with_all_inside()]
+        for stretch in every:
             for call in (stretch.enter, stretch.leave):
                 if call is not None and call.module not in modules:
                     raise ValueError(
                         f"A planned segment begins or ends at {call.module!r}, which this model has not."
                     )
-        self.counts = [[0, 0] for _ in stretches]
+        self.counts = [[0, 0] for _ in every]
         self._model = model
-        self._enter = {stretch.enter: index for index, stretch in enumerate(stretches)}
-        self._leave = [stretch.leave for stretch in stretches]
+        self._index = {id(stretch): index for index, stretch in enumerate(every)}
+        self._enter = {stretch.enter: stretch for stretch in stretches}
         self._calls: dict[str, int] = {}
         self._open: _Recorder | None = None
         self._replaying = False
         self._changed_buffers: dict[int, list[torch.Tensor]] = {}
         self._handles: list[Any] = []
-        boundaries = {c.module for s in stretches for c in (s.enter, s.leave) if c is not None}
+        boundaries = {c.module for s in every for c in (s.enter, s.leave) if c is not None}
         ancestors = {name[:i] for name in boundaries for i, char in enumerate(name) if char == "."} | {""}
         whole = {name for name in modules if name not in ancestors and name.rpartition(".")[0] in ancestors}
         for name in sorted(boundaries | whole):
@@ -100,11 +135,13 @@ class Checkpoints:
                 return
             call = Call(name, self._calls.get(name, 0))
             self._calls[name] = call.count + 1
-            if self._open is not None and self._leave[self._open.segment] == call:
+            if self._open is not None and self._open.stretch.leave == call:
                 self._close()
             if self._open is None and call in self._enter and torch.is_grad_enabled():
                 self._open = _Recorder(self, self._enter[call])
                 self._open.start()
+            if self._open is not None:
+                self._open.passes(call)
             if whole and self._open is not None:
                 self._open.module_begins(module, args, kwargs)
 
@@ -118,7 +155,10 @@ class Checkpoints:
         if self._open is not None:
             recorder, self._open = self._open, None
             recorder.stop()
-            self.counts[recorder.segment][0] += 1
+
+    def index(self, stretch: Stretch) -> int:
+        """Where a segment is counted."""
+        return self._index[id(stretch)]
 
     def buffer_versions(self) -> list[tuple[int, ...]]:
         """How often each buffer was written, module by module."""
@@ -130,7 +170,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def replaying(self, segment: int) -> Iterator[None]:
-        """Buffers that the segment writes (batch norm's statistics) are written once, not twice."""
+        """Buffers that the outermost segment writes (batch norm's statistics) are written once, not twice."""
         changed = self._changed_buffers.get(segment, [])
         before = [buffer.detach().clone() for buffer in changed]
         self._replaying = True
@@ -138,7 +178,6 @@ class Checkpoints:
             yield
         finally:
             self._replaying = False
-            self.counts[segment][1] += 1
             with torch.no_grad():
                 for buffer, value in zip(changed, before, strict=True):
                     buffer.copy_(value)
@@ -177,9 +216,10 @@ class _Recorded:
 class _Holder:
     """What autograd keeps instead of a saved tensor."""
 
-    __slots__ = ("__weakref__", "value")
+    __slots__ = ("__weakref__", "index", "value")
 
-    def __init__(self) -> None:
+    def __init__(self, index: int) -> None:
+        self.index = index
         self.value: torch.Tensor | None = None
 
 
@@ -187,15 +227,104 @@ class _Full(Exception):
     """Every holder is filled: the rest of the replay is not needed."""
 
 
+@dataclass(slots=True)
+class _Region:
+    """A segment in a recording: its calls and holders, and what its replay starts from once that is known."""
+
+    stretch: Stretch
+    first_call: int
+    first_holder: int
+    end_call: int = -1
+    end_holder: int = -1
+    inside: list[_Region] = field(default_factory=list)
+    calls: list[_Recorded] | None = None
+    slots: dict[int, Any] = field(default_factory=dict)
+    random: _RandomState | None = None
+
+    def end(self, calls: int, holders: int) -> None:
+        self.end_call, self.end_holder = calls, holders
+
+    def has(self, holder: int) -> bool:
+        return self.first_holder <= holder < self.end_holder
+
+    @property
+    def last_own_holder(self) -> int:
+        """Behind the last holder that no segment inside fills."""
+        last = self.end_holder
+        for region in reversed(self.inside):
+            if region.end_holder == last:
+                last = region.first_holder
+        return last
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What one operation made, apart from autograd's graph, and the versions that its tensors had."""
+
+    outputs: Any
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, outputs: Any) -> _Kept:
+        outputs = tree_map_only(torch.Tensor, torch.Tensor.detach, outputs)
+        return cls(outputs, _versions(outputs))
+
+
+def _versions(outputs: Any) -> tuple[int, ...]:
+    return tuple(leaf._version for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor))
+
+
+class _Keep(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps what products and attention make."""
+
+    def __init__(self, kept: list[_Kept]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kept = kept
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        if is_kept(func, args, kwargs or {}):
+            self._kept.append(_Kept.of(outputs))
+        return outputs
+
+
+class _Give(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives what was kept in the place of making it again, in the same order."""
+
+    def __init__(self, kept: list[_Kept]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kept = kept
+        self._kept.reverse()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not is_kept(func, args, kwargs or {}) or not self._kept:
+            return func(*args, **(kwargs or {}))
+        kept = self._kept.pop()
+        if _versions(kept.outputs) != kept.versions:
+            raise SegmentError(
+                f"What {func.__name__} made was changed in place, so a selective segment cannot keep it. "
+                "Recompute this stage as a whole."
+            )
+        return kept.outputs
+
+
 class _Recorder(TorchFunctionMode):
     """Records one stretch while it runs; afterwards lives on as what the holders replay."""
 
-    def __init__(self, owner: Checkpoints, segment: int) -> None:
+    def __init__(self, owner: Checkpoints, stretch: Stretch) -> None:
         super().__init__()
-        self.segment = segment
+        self.stretch = stretch
         self.depth = 0
         self._owner = owner
+        self._root = _Region(stretch, first_call=0, first_holder=0)
+        self._around = [self._root]
         self._calls: list[_Recorded] = []
+        self._kept: list[_Kept] = []
+        self._kept_needed = 0
         self._slots: dict[int, tuple[Any, int, bool]] = {}
         self._slot_count = 0
         self._holders: list[weakref.ref[_Holder]] = []
@@ -205,24 +334,50 @@ class _Recorder(TorchFunctionMode):
         self._input_ids: set[int] = set()
 
     def start(self) -> None:
-        self._rng = _RandomState.capture()
+        self._root.random = _RandomState.capture()
         self._autocast = _Autocast.capture()
         self._cache_was_enabled = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
-        self._versions = None if self._owner.knows_buffers(self.segment) else self._owner.buffer_versions()
+        known = self._owner.knows_buffers(self._owner.index(self.stretch))
+        self._versions = None if known else self._owner.buffer_versions()
         marker = torch.empty((), requires_grad=True).view(())
         self._first_node = _sequence_number(marker)
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-        self._hooks.__enter__()
-        self.__enter__()  # type: ignore[no-untyped-call]
+        self._contexts = contextlib.ExitStack()
+        if self.stretch.selective:
+            self._contexts.enter_context(_Keep(self._kept))
+        self._contexts.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
+        self._contexts.enter_context(self)
+
+    def passes(self, call: Call) -> None:
+        """Segments inside end and begin with this call."""
+        while len(self._around) > 1 and self._around[-1].stretch.leave == call:
+            self._end_inner()
+        entering = True
+        while entering:
+            around = self._around[-1]
+            entering = False
+            for stretch in around.stretch.inside:
+                if stretch.enter == call:
+                    region = _Region(stretch, len(self._calls), len(self._holders))
+                    around.inside.append(region)
+                    self._around.append(region)
+                    entering = True
+
+    def _end_inner(self) -> None:
+        region = self._around.pop()
+        region.end(len(self._calls), len(self._holders))
+        self._owner.counts[self._owner.index(region.stretch)][0] += 1
 
     def stop(self) -> None:
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        self._hooks.__exit__(None, None, None)
-        del self._hooks
+        self._contexts.close()
+        del self._contexts
+        del self._kept[self._kept_needed :]
+        while len(self._around) > 1:
+            self._end_inner()
+        self._end_inner()
         torch.set_autocast_cache_enabled(self._cache_was_enabled)
         if self._versions is not None:
-            self._owner.note_buffers(self.segment, self._versions)
+            self._owner.note_buffers(self._owner.index(self.stretch), self._versions)
         self._slots.clear()
         self._pending = self._inside = None
         last_use: dict[int, int] = {}
@@ -235,6 +390,7 @@ class _Recorder(TorchFunctionMode):
                     last_use.setdefault(index, position)
         for index, position in last_use.items():
             self._calls[position].done_with.append(index)
+        self._root.calls, self._calls = self._calls, []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -294,77 +450,112 @@ class _Recorder(TorchFunctionMode):
         self._inputs.append((tensor, tensor._version))
 
     def _pack(self, tensor: torch.Tensor) -> _Holder:
-        holder = _Holder()
+        holder = _Holder(len(self._holders))
         self._holders.append(weakref.ref(holder))
+        self._kept_needed = len(self._kept)
         return holder
 
     def _unpack(self, holder: _Holder) -> torch.Tensor:
-        if holder.value is None:
-            self._replay()
+        region: _Region | None = self._root
+        while holder.value is None and region is not None:
+            if region.calls is not None:
+                self._replay(region)
+            region = next((inner for inner in region.inside if inner.has(holder.index)), None)
         if holder.value is None:
             raise SegmentError(
                 "A recomputed segment saved fewer tensors than the first time: it is not deterministic."
             )
         return holder.value
 
-    def _replay(self) -> None:
+    def _replay(self, region: _Region) -> None:
         for tensor, version in self._inputs:
             if tensor._version != version:
                 raise SegmentError(
                     "The input of a recomputed segment was changed in place after it was used; "
                     "begin the segment later."
                 )
-        filled = 0
+        self._inputs, self._input_ids = [], set()
+        assert region.calls is not None
+        assert region.random is not None
+        calls, slots, random = region.calls, region.slots, region.random
+        region.calls, region.slots, region.random = None, {}, None
+        counts = self._owner.counts
+        counts[self._owner.index(region.stretch)][1] += 1
+        last = region.last_own_holder
+        passed = region.first_holder
+        inside: _Region | None = None
+        waiting = region.inside[::-1]
 
         def pack(tensor: torch.Tensor) -> None:
-            nonlocal filled
-            if filled >= len(self._holders):
+            nonlocal passed
+            if passed >= region.end_holder:
                 raise SegmentError("A recomputed segment saved more tensors than the first time.")
-            holder = self._holders[filled]()
-            if holder is not None:
+            holder = self._holders[passed]()
+            if holder is not None and inside is None:
                 holder.value = tensor.detach() if tensor.requires_grad else tensor
-            filled += 1
-            if filled == len(self._holders):
+            passed += 1
+            if passed == last and not waiting:
                 raise _Full
 
         def unpack(_: None) -> torch.Tensor:
             raise SegmentError("The backward pass of a replay was asked for; only the first forward has one.")
 
-        calls, self._calls = self._calls, []
-        self._inputs, self._input_ids = [], set()
         with (
-            self._owner.replaying(self.segment),
-            self._rng.restored(),
+            self._owner.replaying(self._owner.index(self.stretch)),
+            random.restored(),
             self._autocast.restored(),
+            _Give(self._kept) if self.stretch.selective else contextlib.nullcontext(),
             torch.autograd.graph.saved_tensors_hooks(pack, unpack),
             contextlib.suppress(_Full),
         ):
-            _run(calls)
-        self._holders = []
+            calls.reverse()
+            position = region.first_call
+            while calls or waiting:
+                if waiting and waiting[-1].first_call == position:
+                    inside = waiting.pop()
+                    inside.calls = [calls.pop() for _ in range(inside.end_call - position)]
+                    inside.random = _RandomState.capture()
+                    inside.slots = {index: slots[index] for index in _used(inside.calls) if index in slots}
+                    if passed == last and not waiting:
+                        raise _Full
+                    for call in inside.calls:
+                        _run(call, slots)
+                    for stretch in inside.stretch.with_all_inside():
+                        counts[self._owner.index(stretch)][0] += 1
+                    position = inside.end_call
+                    inside = None
+                else:
+                    _run(calls.pop(), slots)
+                    position += 1
+        if not region.inside and region is self._root:
+            self._holders = []
 
 
-def _run(calls: list[_Recorded]) -> None:
-    slots: dict[int, Any] = {}
+def _used(calls: list[_Recorded]) -> Iterator[int]:
+    """The slots that calls read."""
+    for call in calls:
+        for leaf in tree_leaves((call.args, call.kwargs)):
+            if isinstance(leaf, _Slot):
+                yield leaf.index
 
+
+def _run(call: _Recorded, slots: dict[int, Any]) -> None:
     def fetch(leaf: Any) -> Any:
         return slots[leaf.index] if isinstance(leaf, _Slot) else leaf
 
-    calls.reverse()
-    while calls:
-        call = calls.pop()
-        args, kwargs = tree_map(fetch, call.args), tree_map(fetch, call.kwargs)
-        with torch.set_grad_enabled(call.grad_enabled):
-            output = call.function(*args, **kwargs)
-        del args, kwargs
-        leaves, _ = tree_flatten(output)
-        del output
-        for index, leaf in zip(call.outputs, leaves, strict=True):
-            if index is not None:
-                slots[index] = leaf
-        del leaves
-        leaf = None
-        for index in call.done_with:
-            del slots[index]
+    args, kwargs = tree_map(fetch, call.args), tree_map(fetch, call.kwargs)
+    with torch.set_grad_enabled(call.grad_enabled):
+        output = call.function(*args, **kwargs)
+    del args, kwargs
+    leaves, _ = tree_flatten(output)
+    del output
+    for index, leaf in zip(call.outputs, leaves, strict=True):
+        if index is not None:
+            slots[index] = leaf
+    del leaves
+    leaf = None
+    for index in call.done_with:
+        del slots[index]
 
 
 def _is_plain(leaf: Any) -> bool:

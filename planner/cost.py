@@ -6,13 +6,15 @@ its units made equal: in seconds and bytes the bytes would drown the seconds).
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from planner import communication, energy
 from planner.calibration import Calibration
 from planner.communication import ALONE, Distribution
 from planner.memory import MemoryWindow, constant_bytes, peak_window, timeline
-from planner.placement import Segments
+from planner.nested import PLAIN, Placed, depths
 from planner.plan import Choice, Cost, Error, Parts, Plan, Prediction, Segment, Weights
 from planner.time import at_micro_batch, expected_error, step_parts
 from planner.zero import sharded
@@ -43,7 +45,7 @@ def predict(
     *,
     micro_batch_size: int,
     gradient_accumulation_steps: int,
-    segments: Segments,
+    placed: Placed,
     distribution: Distribution = ALONE,
     calibration: Calibration | None = None,
 ) -> Prediction:
@@ -53,16 +55,16 @@ def predict(
     """
     b, k = micro_batch_size, gradient_accumulation_steps
     times = at_micro_batch(measured.wall, b)
-    parts = seconds_by_kind(profile, times, k, segments, distribution)
+    parts = seconds_by_kind(profile, times, k, placed, distribution)
     cpu_seconds, yardstick_seconds = None, times.yardstick_seconds
     if measured.process_cpu is not None and distribution.world_size == 1:
         cpu_times = at_micro_batch(measured.process_cpu, b)
-        cpu_seconds = sum(step_parts(cpu_times, k, segments).values())
+        cpu_seconds = sum(step_parts(cpu_times, k, placed).values())
         yardstick_seconds = cpu_times.yardstick_seconds
     memory = memory_of_process(profile, measured, b, k, distribution)
     peak = peak_window(
         timeline(
-            memory, segments, micro_batch_size=b, gradient_accumulation_steps=k,
+            memory, placed, micro_batch_size=b, gradient_accumulation_steps=k,
             resident_batches=resident_batches(profile, k),
         )
     )  # fmt: skip
@@ -129,7 +131,7 @@ def plain_peak_bytes(
     if measured is None:
         raise ValueError(f"The profile must hold the precision asked for, got {precision}.")
     windows = timeline(
-        measured.memory_at(micro_batch_size), (), micro_batch_size=micro_batch_size,
+        measured.memory_at(micro_batch_size), PLAIN, micro_batch_size=micro_batch_size,
         gradient_accumulation_steps=micro_batches, resident_batches=micro_batches,
     )  # fmt: skip
     return peak_window(windows).total_bytes
@@ -163,7 +165,7 @@ def seconds_by_kind(
     profile: Profile,
     times: StepTime,
     gradient_accumulation_steps: int,
-    segments: Segments,
+    placed: Placed,
     distribution: Distribution,
 ) -> dict[str, float]:
     """The seconds of a step of one process by kind of work, its communication included.
@@ -171,7 +173,7 @@ def seconds_by_kind(
     From ZeRO stage 1 on a process updates its own share of the parameters only.
     """
     k = gradient_accumulation_steps
-    parts = step_parts(times, k, segments)
+    parts = step_parts(times, k, placed)
     if distribution.world_size > 1:
         parts["communication"] = communication.step_seconds(distribution, k, profile.parameters)
         if distribution.zero_stage:
@@ -257,21 +259,32 @@ def instead(plan: Plan, choice: Choice) -> Plan:
     )
 
 
-def name_segments(profile: Profile, segments: Segments) -> tuple[Segment, ...]:
-    """Index ranges as the plan's segments, by stage names and module entries."""
+def name_segments(profile: Profile, placed: Placed) -> tuple[Segment, ...]:
+    """A placement by stage names and module entries, as a plan has it."""
     stages = profile.stages
-    return tuple(
-        Segment(
+
+    def named(start: int, stop: int, mode: Literal["recompute", "selective"], depth: int) -> Segment:
+        return Segment(
             first=stages[start].name,
             last=stages[stop - 1].name,
+            mode=mode,
+            depth=depth,
             enter=stages[start].entry,
             leave=stages[stop].entry,
         )
-        for start, stop in segments
-    )
+
+    segments = [
+        (start, named(start, stop, "recompute", depth))
+        for depth, (start, stop) in zip(depths(placed.segments), placed.segments, strict=True)
+    ]
+    selective = [(stage, named(stage, stage + 1, "selective", 0)) for stage in placed.selective]
+    return tuple(segment for _, segment in sorted([*segments, *selective], key=lambda pair: pair[0]))
 
 
-def index_segments(profile: Profile, segments: tuple[Segment, ...]) -> Segments:
-    """The plan's segments as index ranges of the profile's stages."""
+def index_segments(profile: Profile, segments: tuple[Segment, ...]) -> Placed:
+    """The plan's segments by the numbers of the profile's stages."""
     position = {stage.name: index for index, stage in enumerate(profile.stages)}
-    return tuple((position[segment.first], position[segment.last] + 1) for segment in segments)
+    return Placed(
+        segments=tuple((position[s.first], position[s.last] + 1) for s in segments if s.mode == "recompute"),
+        selective=tuple(position[s.first] for s in segments if s.mode == "selective"),
+    )

@@ -12,21 +12,21 @@ A step is a sequence of windows, and its peak is the highest window. What is ali
                             ▲▲▲ recompute
 
 ``timeline`` spells this out window by window and is the reference; ``plan_units`` says the same for every
-stage and every segment at once, as the placement solver wants it. A segment also keeps the random state it began
-with, and while it is replayed the state that it will go back to.
+stage and every segment at once, as the placement solver wants it. Until it has run again a segment also keeps the
+random state it began with, and while it does the state that it will go back to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
-from planner.placement import Units, ruled_out
+from planner.nested import Placed
+from planner.placement import Option, Units, ruled_out
 from profiler.profile_record import PrecisionMemory, bytes_at, peak_at
-
-Segments = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +64,9 @@ class _Sizes:
     dropped_first: list[int]
     backward_first: list[int]
     backward_later: list[int]
+    selective_forward: list[int]
+    selective_hold: list[int]
+    selective_rebuild: list[int]
     optimizer: int
     segment: int
 
@@ -85,6 +88,9 @@ class _Sizes:
             dropped_first=[peak_at(s.dropped_first, b) for s in stages],
             backward_first=[peak_at(s.backward_first, b) for s in stages],
             backward_later=[peak_at(s.backward_later, b) for s in stages],
+            selective_forward=[peak_at(s.selective.forward, b) if s.selective else 0 for s in stages],
+            selective_hold=[bytes_at(s.selective.hold, b) if s.selective else 0 for s in stages],
+            selective_rebuild=[peak_at(s.selective.rebuild, b) if s.selective else 0 for s in stages],
             optimizer=peak_at(memory.optimizer, b),
             segment=memory.segment_bytes,
         )
@@ -109,7 +115,7 @@ def constant_bytes(memory: PrecisionMemory, micro_batch_size: int, resident_batc
 
 def timeline(
     memory: PrecisionMemory,
-    segments: Segments,
+    placed: Placed,
     *,
     micro_batch_size: int,
     gradient_accumulation_steps: int,
@@ -118,61 +124,100 @@ def timeline(
     """Every window of a step, in order: the first micro-batch, a later one if there is one, the optimizer."""
     sizes = _Sizes.of(memory, micro_batch_size)
     constant = constant_bytes(memory, micro_batch_size, resident_batches)
-    length = len(sizes.hold)
-    start_of = {t: (start, stop) for start, stop in segments for t in range(start, stop)}
     all_gradients = sum(sizes.gradient)
-
     for micro_batch in range(min(gradient_accumulation_steps, 2)):
-        standing = all_gradients if micro_batch else 0
-        held = 0
-        held_before: list[int] = []
-        for t in range(length):
-            held_before.append(held)
-            if t not in start_of:
-                yield MemoryWindow(
-                    phase="forward", micro_batch=micro_batch, stage=t, constant_bytes=constant,
-                    held_bytes=held, gradient_bytes=standing, own_bytes=sizes.forward[t],
-                )  # fmt: skip
-                held += sizes.hold[t]
-                continue
-            first = start_of[t][0] == t
-            held += sizes.segment if first else 0
-            yield MemoryWindow(
-                phase="forward", micro_batch=micro_batch, stage=t, constant_bytes=constant,
-                held_bytes=held, gradient_bytes=standing,
-                own_bytes=sizes.dropped_first[t] if first else sizes.dropped[t],
-            )  # fmt: skip
-            held += sizes.dropped_hold[t] + (sizes.input[t] if first else 0)
-        backward = sizes.backward_later if micro_batch else sizes.backward_first
-        for t in reversed(range(length)):
-            later = sum(sizes.gradient[t + 1 :])
-            own_gradients = standing if micro_batch else later
-            if t in start_of:
-                start, stop = start_of[t]
-                dropped = sum(sizes.dropped_hold[start:stop])
-                before = held_before[start] + dropped + sizes.segment
-                if t == stop - 1:
-                    for s in range(start, stop):
-                        inner = sum(sizes.hold[start:s])
-                        if s > start and not sizes.saves_input[start]:
-                            inner += sizes.input[start]
-                        yield MemoryWindow(
-                            phase="recompute", micro_batch=micro_batch, stage=s, constant_bytes=constant,
-                            held_bytes=before + inner + sizes.carry[stop - 1] + sizes.segment,
-                            gradient_bytes=own_gradients,
-                            own_bytes=sizes.rebuilt(s, start, stop),
-                        )  # fmt: skip
-                held = before + sum(sizes.hold[start:t])
-            else:
-                held = held_before[t]
-            yield MemoryWindow(
-                phase="backward", micro_batch=micro_batch, stage=t, constant_bytes=constant,
-                held_bytes=held, gradient_bytes=own_gradients, own_bytes=backward[t] - own_gradients,
-            )  # fmt: skip
+        step = _Pass(sizes, constant, micro_batch, placed)
+        yield from step.windows(0, len(sizes.hold), 0, ())
     yield MemoryWindow(
         phase="optimizer", micro_batch=0, stage=0, constant_bytes=constant,
         held_bytes=0, gradient_bytes=all_gradients, own_bytes=sizes.optimizer - all_gradients,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """The forward and backward pass of one micro-batch, and the same of each segment as it runs again."""
+
+    sizes: _Sizes
+    constant_bytes: int
+    micro_batch: int
+    placed: Placed
+
+    def windows(
+        self, start: int, stop: int, held: int, around: tuple[tuple[int, int], ...]
+    ) -> Iterator[MemoryWindow]:
+        """Of stages [start, stop): all of them, or those of the innermost segment ``around``, while that runs again.
+
+        ``held``: what earlier stages keep, and this segment besides its input. A segment that runs again finds the
+        gradient of its end there, the random state that it began with, and that which it will go back to.
+        """
+        sizes, again = self.sizes, bool(around)
+        standing = sum(sizes.gradient) if self.micro_batch else 0
+        gradients = self._gradients_behind(stop - 1) if again else standing
+        beside = sizes.carry[stop - 1] + 2 * sizes.segment if again else 0
+        phase = "recompute" if again else "forward"
+        units: list[tuple[int, int, int]] = []
+        inside = self._inside(start, stop, around)
+        t = start
+        while t < stop:
+            end = inside.get(t, t + 1)
+            units.append((t, end, held))
+            if t in inside:
+                held += sizes.segment
+                for s in range(t, end):
+                    own = sizes.dropped_first[s] if s == t else sizes.dropped[s]
+                    yield self._window(phase, s, held + beside, gradients, own)
+                    held += sizes.dropped_hold[s] + (sizes.input[s] if s == t else 0)
+            elif t in self.placed.selective:
+                held += sizes.segment
+                yield self._window(phase, t, held, gradients, sizes.selective_forward[t])
+                held += sizes.dropped_hold[t] + sizes.input[t] + sizes.selective_hold[t]
+            else:
+                own = sizes.rebuilt(t, start, stop) if again else sizes.forward[t]
+                yield self._window(phase, t, held + beside, gradients, own)
+                held += sizes.hold[t]
+                if again and t == start and not sizes.saves_input[t]:
+                    beside += sizes.input[t]
+            t = end
+        backward = sizes.backward_later if self.micro_batch else sizes.backward_first
+        for t, end, before in reversed(units):
+            if t in inside:
+                before += sum(sizes.dropped_hold[t:end])
+                yield from self.windows(t, end, before, (*around, (t, end)))
+                continue
+            if t in self.placed.selective:
+                before += sizes.dropped_hold[t]
+                beside = sizes.carry[t] + 2 * sizes.segment
+                yield self._window(
+                    "recompute", t, before + beside, self._gradients_behind(t), sizes.selective_rebuild[t]
+                )
+            own_gradients = self._gradients_behind(t)
+            yield self._window("backward", t, before, own_gradients, backward[t] - own_gradients)
+
+    def _inside(self, start: int, stop: int, around: tuple[tuple[int, int], ...]) -> dict[int, int]:
+        """The outermost segments inside of those ``around``: where each begins and ends."""
+        found: dict[int, int] = {}
+        for first, last in self.placed.segments:
+            if start <= first and last <= stop and (first, last) not in around:
+                found[first] = max(found.get(first, 0), last)
+        outermost: dict[int, int] = {}
+        end = start
+        for first in sorted(found):
+            if first >= end:
+                end = outermost[first] = found[first]
+        return outermost
+
+    def _gradients_behind(self, stage: int) -> int:
+        """Parameter gradients that are there when the backward of a stage begins."""
+        return sum(self.sizes.gradient if self.micro_batch else self.sizes.gradient[stage + 1 :])
+
+    def _window(
+        self, phase: str, stage: int, held_bytes: int, gradient_bytes: int, own_bytes: int
+    ) -> MemoryWindow:
+        return MemoryWindow(
+            phase=phase, micro_batch=self.micro_batch, stage=stage, constant_bytes=self.constant_bytes,
+            held_bytes=held_bytes, gradient_bytes=gradient_bytes, own_bytes=own_bytes,
+        )  # fmt: skip
 
 
 def peak_window(windows: Iterator[MemoryWindow]) -> MemoryWindow:
@@ -196,11 +241,13 @@ def plan_units(
     keep_cost: np.ndarray,
     segment_cost: np.ndarray,
     recomputable: np.ndarray,
+    selective_cost: Mapping[int, int] = MappingProxyType({}),
 ) -> Units:
     """Need, hold and cost of every kept stage and every segment, for the placement solver.
 
     ``segment_cost[i, j]`` is the extra time of recomputing stages i..j-1; ``recomputable[i]`` says whether
-    stage i may be in a segment. Needs are absolute: constant included.
+    stage i may be in a segment. ``selective_cost``: the extra time of stages that may keep their products, each of
+    which becomes an option. Needs are absolute: constant included.
     """
     sizes = _Sizes.of(memory, micro_batch_size)
     constant = constant_bytes(memory, micro_batch_size, resident_batches)
@@ -245,13 +292,30 @@ def plan_units(
         whole = np.concatenate([[lowest], np.maximum.accumulate(not_last + inner + tape)[:-1]])
         rebuilt = np.maximum(whole, as_last + inner + tape) + carry[span] + at_recompute[ends]
         rebuilt += 2 * sizes.segment
-        backward_need = np.maximum.accumulate(backward[span] + inner) + sizes.segment
+        backward_need = np.maximum.accumulate(backward[span] + inner)
         dropped_total = dropped_held[ends] - dropped_held[i]
         need[i, ends] = constant + np.maximum(
             forward_need, np.maximum(rebuilt, backward_need) + dropped_total
         )
         holds[i, ends] = sizes.input[i] + dropped_total + sizes.segment
+    options = tuple(
+        Option(
+            stage=i,
+            need=constant
+            + max(
+                sizes.selective_forward[i] + standing + sizes.segment,
+                sizes.dropped_hold[i] + sizes.selective_rebuild[i] + sizes.carry[i] + int(at_recompute[i + 1])
+                + 2 * sizes.segment,
+                sizes.dropped_hold[i] + int(backward[i]),
+            ),
+            hold=sizes.selective_hold[i] + sizes.input[i] + sizes.dropped_hold[i] + sizes.segment,
+            cost=cost,
+        )
+        for i, cost in selective_cost.items()
+        if recomputable[i] and memory.stages[i].selective is not None
+    )  # fmt: skip
     return Units(
+        options=options,
         keep_need=constant + np.maximum(forward + standing, backward),
         keep_hold=hold,
         keep_cost=keep_cost,

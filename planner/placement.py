@@ -24,20 +24,40 @@ the principle of optimality with two criteria, and the proof that every answer h
 
 `pareto` is that recursion, for whoever brings units. `Chain`, `frontier` and `place` bring the units of a
 chain given by the sizes and times of its stages, as in Beaumont et al., "Optimal checkpointing for
-heterogeneous chains" (arXiv 1911.13214), with one level of recomputation.
+heterogeneous chains" (arXiv 1911.13214), with one level of recomputation, or as many as pay (planner/nested.py).
 """
+
+from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from planner import nested as tables
+from planner.nested import RULED_OUT, Nest, Segments, depths
+
 Numbers = NDArray[np.number[Any]]
-Segments = tuple[tuple[int, int], ...]
 Schedule = tuple[tuple[str, int], ...]
+
+KEPT, RECOMPUTED, FIRST_OPTION = range(3)
+
+COMPILED_FROM_STAGES = 64
+"""The recursion over shorter chains takes milliseconds in numpy, less than it takes to load a compiled one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One more unit of a single stage."""
+
+    stage: int
+    need: float
+    hold: float
+    cost: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -55,6 +75,8 @@ class Units:
     keep_hold: Numbers
     keep_cost: Numbers
     terminal_need: float
+    options: tuple[Option, ...] = ()
+    """Further ways to treat single stages, besides keeping and recomputing them."""
 
     def __post_init__(self) -> None:
         length = len(self.keep_need)
@@ -77,24 +99,29 @@ class Frontier:
     """Every plan worth having: the peaks rise, the costs fall, and no plan at all beats a point in both.
 
     The labels behind the points are the members of D_L, D_(L-1), .., D_0 in this order; each knows the
-    stage where its first unit starts, the label that follows this unit, and whether it is recomputed.
+    stage where its first unit starts, the label that follows this unit, and what it is: `KEPT`, `RECOMPUTED`, or
+    from `FIRST_OPTION` on the option of that number.
     """
 
     points: tuple[tuple[float, float], ...]
     label_stage: NDArray[np.intp] = field(repr=False)
     label_next: NDArray[np.intp] = field(repr=False)
-    label_recomputed: NDArray[np.bool_] = field(repr=False)
+    label_kind: NDArray[np.intp] = field(repr=False)
 
     def segments(self, index: int) -> Segments:
         """The recomputed half-open ranges of stages of the plan behind `points[index]`."""
+        return tuple((start, stop) for start, stop, kind in self._units(index) if kind == RECOMPUTED)
+
+    def options(self, index: int) -> tuple[int, ...]:
+        """Which of the units' options the plan behind `points[index]` takes."""
+        return tuple(kind - FIRST_OPTION for _, _, kind in self._units(index) if kind >= FIRST_OPTION)
+
+    def _units(self, index: int) -> Iterator[tuple[int, int, int]]:
         label = range(len(self.label_stage) - len(self.points), len(self.label_stage))[index]
-        segments = []
         while label != 0:
             following = int(self.label_next[label])
-            if self.label_recomputed[label]:
-                segments.append((int(self.label_stage[label]), int(self.label_stage[following])))
+            yield int(self.label_stage[label]), int(self.label_stage[following]), int(self.label_kind[label])
             label = following
-        return tuple(segments)
 
 
 def ruled_out(dtype: np.dtype[Any]) -> float:
@@ -122,26 +149,39 @@ def pareto(units: Units) -> Frontier:
     cost = _with_diagonal(units.cost, units.keep_cost, times)
     recomputed = np.arange(length + 1) - np.arange(length)[:, None]
     effort = recomputed * (length + 1) + (recomputed > 0)
+    options: list[list[int]] = [[] for _ in range(length)]
+    for number, option in enumerate(units.options):
+        options[option.stage].append(number)
 
     needs: list[list[float]] = [[]] * length + [terminal.tolist()]  # Of the labels of D_j, at [j].
     first = np.zeros(length + 1, np.intp)  # Where the labels of D_j begin in the arrays of all labels.
     label_need, label_cost, label_effort = terminal.astype(sizes), np.zeros(1, times), np.zeros(1, np.int64)
-    label_next, label_recomputed = [np.zeros(1, np.intp)], [np.zeros(1, np.bool_)]
+    label_next, label_kind = [np.zeros(1, np.intp)], [np.zeros(1, np.intp)]
 
     for i in reversed(range(length)):
         column = allowed[i, i:].nonzero()[0] + i
         after = np.maximum(column, i + 1)
-        unit_need, unit_hold = need[i, column], hold[i, column]
+        kind = np.where(column > i, RECOMPUTED, KEPT)
+        unit_need, unit_hold, unit_cost = need[i, column], hold[i, column], cost[i, column]
+        unit_effort = effort[i, column]
+        if options[i]:
+            more = [units.options[number] for number in options[i]]
+            after = np.append(after, np.full(len(more), i + 1))
+            kind = np.append(kind, np.array(options[i]) + FIRST_OPTION)
+            unit_need = np.append(unit_need, np.array([option.need for option in more], sizes))
+            unit_hold = np.append(unit_hold, np.array([option.hold for option in more], sizes))
+            unit_cost = np.append(unit_cost, np.array([option.cost for option in more], times))
+            unit_effort = np.append(unit_effort, np.full(len(more), effort[i, i + 1]))
         room = (unit_need - unit_hold).tolist()
         fitting = [bisect_right(needs[j], most) for j, most in zip(after.tolist(), room, strict=True)]
         skipped = np.maximum(np.array(fitting) - 1, 0)
         count = np.array([len(needs[j]) for j in after.tolist()]) - skipped
 
-        unit = np.arange(len(column)).repeat(count)
+        unit = np.arange(len(after)).repeat(count)
         following = np.arange(len(unit)) + (first[after] + skipped + count - count.cumsum())[unit]
         candidate_need = np.maximum(unit_need[unit], unit_hold[unit] + label_need[following])
-        candidate_cost = cost[i, column][unit] + label_cost[following]
-        candidate_effort = effort[i, column][unit] + label_effort[following]
+        candidate_cost = unit_cost[unit] + label_cost[following]
+        candidate_effort = unit_effort[unit] + label_effort[following]
         chosen = _undominated(candidate_need, candidate_cost, candidate_effort)
 
         needs[i] = candidate_need[chosen].tolist()
@@ -150,13 +190,13 @@ def pareto(units: Units) -> Frontier:
         label_cost = np.concatenate((label_cost, candidate_cost[chosen]))
         label_effort = np.concatenate((label_effort, candidate_effort[chosen]))
         label_next.append(following[chosen])
-        label_recomputed.append(column[unit[chosen]] > i)
+        label_kind.append(kind[unit[chosen]])
 
     return Frontier(
         points=tuple(zip(needs[0], label_cost[first[0] :].tolist(), strict=True)),
         label_stage=np.arange(length, -1, -1).repeat([len(labels) for labels in label_next]),
         label_next=np.concatenate(label_next),
-        label_recomputed=np.concatenate(label_recomputed),
+        label_kind=np.concatenate(label_kind),
     )
 
 
@@ -220,9 +260,9 @@ class Chain:
 class Placement:
     """The fastest plan within a budget: its time, its peak, what it recomputes, and how it runs.
 
-    `schedule` lists the operations: ("Fe", i) runs the forward of stage i and keeps what its backward
-    needs, ("Fc", i) keeps only the input, ("Fn", i) not even that, ("B", i) runs the backward, and
-    ("Loss", L) turns the last output into its gradient.
+    `segments` are half-open ranges of stages, each before those inside it. `schedule` lists the operations:
+    ("Fe", i) runs the forward of stage i and keeps what its backward needs, ("Fc", i) keeps only the input,
+    ("Fn", i) not even that, ("B", i) runs the backward, and ("Loss", L) turns the last output into its gradient.
     """
 
     cost: float
@@ -240,17 +280,18 @@ class Placement:
         return self.cost
 
 
-def frontier(chain: Chain) -> tuple[tuple[float, float], ...]:
+def frontier(chain: Chain, nested: bool = False) -> tuple[tuple[float, float], ...]:
     """Every (peak, cost) worth having, by increasing peak: the optimum for every budget at once.
 
     The optimum for a budget is the last point whose peak fits; below the first point nothing fits.
+    `nested`: what is recomputed may itself recompute.
     """
-    return pareto(chain_units(chain)).points
+    return _solved(chain, nested).points
 
 
-def place(chain: Chain, memory_budget: float) -> Placement | None:
+def place(chain: Chain, memory_budget: float, nested: bool = False) -> Placement | None:
     """The fastest plan whose peak is at most `memory_budget`; None where there is no such plan."""
-    solved = pareto(chain_units(chain))
+    solved = _solved(chain, nested)
     fitting = sum(peak <= memory_budget for peak, _ in solved.points)
     if fitting == 0:
         return None
@@ -258,6 +299,54 @@ def place(chain: Chain, memory_budget: float) -> Placement | None:
     segments = solved.segments(fitting - 1)
     schedule = _schedule(len(chain.forward), segments)
     return Placement(cost=cost, peak=peak, segments=segments, schedule=schedule)
+
+
+def _solved(chain: Chain, nested: bool) -> Frontier | _FromTables:
+    """By whatever is fastest: all of them are exact."""
+    if not nested and len(chain.forward) < COMPILED_FROM_STAGES:
+        return pareto(chain_units(chain))
+    (f, b), time_shift = _whole(chain.forward, chain.backward)
+    (x, xb, tf, tb), size_shift = _whole(
+        chain.input, chain.kept, chain.forward_transient, chain.backward_transient
+    )
+    nest = _nest(f, b, x, xb, tf, tb)
+    solution = tables.nested(nest) if nested else tables.single_level(nest)
+    if solution is None:
+        return pareto(chain_units(chain))
+    points = tuple(
+        (_scaled(int(x[0]) + need, -size_shift), _scaled(cost, -time_shift)) for need, cost in solution.points
+    )
+    return _FromTables(points, solution)
+
+
+@dataclass(frozen=True, slots=True)
+class _FromTables:
+    """A frontier read from tables that leave out x_0 and are in whole numbers."""
+
+    points: tuple[tuple[float, float], ...]
+    solution: tables.Solution
+
+    def segments(self, index: int) -> Segments:
+        return self.solution.segments(self.solution.points[index][0])
+
+
+def _whole(*values: ArrayLike) -> tuple[tuple[NDArray[np.int64], ...], int]:
+    """The values as whole numbers of 2**-shift: integers as they are, floats to about 2**-51 of their total.
+
+    So much can be added L times over, as deep plans do, without leaving 63 bits.
+    """
+    arrays = tuple(np.asarray(each) for each in values)
+    total = math.fsum(array.sum(dtype=np.float64) for array in arrays)
+    if all(array.dtype.kind in "iu" for array in arrays) and total * len(arrays[0]) < 2**62:
+        return tuple(array.astype(np.int64) for array in arrays), 0
+    shift = 51 - math.frexp(total)[1]
+    return tuple(
+        np.rint(np.ldexp(array.astype(np.float64), shift)).astype(np.int64) for array in arrays
+    ), shift
+
+
+def _scaled(value: int, shift: int) -> float:
+    return value if shift == 0 else math.ldexp(value, shift)
 
 
 def chain_units(chain: Chain) -> Units:
@@ -301,6 +390,39 @@ def chain_units(chain: Chain) -> Units:
     )
 
 
+def _nest(f: Any, b: Any, x: Any, xb: Any, tf: Any, tb: Any) -> Nest:
+    """A chain's numbers for the tables; x_i is held by whoever came before, and counted there.
+
+    A kept stage runs Fe(i) beside the gradient y_j of the plan's end, and later B(i). The rest is as in `chain_units`,
+    with the forward of a segment and its second run apart.
+    """
+    length = len(f)
+    held = np.append(x[:-1], 0)
+    through = np.insert(xb.cumsum(), 0, 0)
+    grown = through[1:] - through[:-1, None]
+    entering = np.where(np.eye(length, dtype=bool), 0, x[:-1])
+    run_need = np.full((length, length + 1), RULED_OUT)
+    run_need[:, 1:length] = _running_maximum(entering + x[1:] + tf)[:, :-1]
+    run_need[np.tril_indices(length, 0, length + 1)] = RULED_OUT
+    again_need = np.zeros((length, length + 1), np.int64)
+    again_need[:, 1:] = np.maximum(
+        _running_maximum(grown + tf) + held[1:], _running_maximum(grown + x[:-1] + x[1:] + tb)
+    )
+    elapsed = np.insert(f.cumsum(), 0, 0)
+    return Nest(
+        keep_need=np.maximum(held + (xb + tf)[:, None], (x[1:] + xb + x[:-1] + tb)[:, None]),
+        keep_hold=xb,
+        keep_cost=f + b,
+        run_need=run_need,
+        run_hold=np.broadcast_to(x, (length, length + 1)).copy(),
+        run_cost=elapsed - elapsed[:-1, None],
+        again_hold=np.zeros((length, length + 1), np.int64),
+        again_need=again_need,
+        held=held,
+        end_need=x,
+    )
+
+
 def _running_maximum(table: Numbers) -> Numbers:
     """At [i, k] the maximum over the columns i .. k of row i."""
     return np.maximum.accumulate(np.triu(table), axis=1)
@@ -334,19 +456,33 @@ def sqrt_segments(length: int) -> Segments:
 
 
 def _schedule(length: int, segments: Segments) -> Schedule:
-    stops = dict(segments)
-    onward: list[tuple[str, int]] = []
-    returning: list[list[tuple[str, int]]] = []
-    start = 0
-    while start < length:
-        stop = stops.get(start, start + 1)
-        keeping: list[tuple[str, int]] = [("Fe", k) for k in range(start, stop)]
-        backward: list[tuple[str, int]] = [("B", k) for k in reversed(range(start, stop))]
-        if start in stops:
-            onward += [("Fc", start), *(("Fn", k) for k in range(start + 1, stop))]
-            returning.append(keeping + backward)
-        else:
-            onward += keeping
-            returning.append(backward)
-        start = stop
-    return (*onward, ("Loss", length), *(operation for unit in reversed(returning) for operation in unit))
+    """The operations of a plan: of a segment first a forward that keeps nothing, behind the rest all of its plan."""
+    whole = (0, length + 1)  # No segment: the loss is behind the last stage.
+    inside: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    around = [whole]
+    for depth, segment in zip(depths(segments), segments, strict=True):
+        del around[depth + 1 :]
+        inside.setdefault(around[-1], []).append(segment)
+        around.append(segment)
+
+    def plan(start: int, stop: int, children: list[tuple[int, int]]) -> Iterator[tuple[str, int]]:
+        stops = dict(children)
+        units: list[tuple[int, int]] = []
+        while start < stop:
+            end = stops.get(start, start + 1)
+            units.append((start, end))
+            if start in stops:
+                yield ("Fc", start)
+                yield from (("Fn", k) for k in range(start + 1, end))
+            else:
+                yield ("Fe", start)
+            start = end
+        if stop == length:
+            yield ("Loss", length)
+        for start, end in reversed(units):
+            if start in stops:
+                yield from plan(start, end, inside.get((start, end), []))
+            else:
+                yield ("B", start)
+
+    return tuple(plan(0, length, inside.get(whole, [])))

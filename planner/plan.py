@@ -26,12 +26,14 @@ class Segment(Record):
     """Stages ``first`` to ``last`` (both included) run forward again in the backward pass.
 
     For the executor the segment begins where the module call ``enter`` begins and ends where ``leave``
-    begins.
+    begins. ``mode``: all of it runs again, or all but its products and attention. ``depth``: in how many segments it
+    lies, which come before it in the plan; it is recomputed as they run again.
     """
 
     first: str
     last: str
-    mode: Literal["recompute"] = "recompute"
+    mode: Literal["recompute", "selective"] = "recompute"
+    depth: Annotated[int, Meta(ge=0)] = 0
     enter: str
     leave: str
 

@@ -34,9 +34,10 @@ from planner.cost import (
 )
 from planner.energy import step_joules, watts_at
 from planner.memory import optimizer_peak_bytes, plan_units
-from planner.placement import Frontier, Segments, pareto, sqrt_segments
+from planner.nested import PLAIN, Placed, Segments
+from planner.placement import Frontier, pareto, sqrt_segments
 from planner.plan import Baselines, Choice, NoFeasiblePlan, Objective, Plan, Weights
-from planner.time import at_micro_batch, segment_nanoseconds
+from planner.time import at_micro_batch, segment_nanoseconds, selective_seconds
 from planner.zero import ZERO_STAGES
 from profiler import records
 from profiler.profile_record import (
@@ -66,8 +67,16 @@ class _Candidate:
     base_seconds: float
     floor_bytes: int
     frontier: Frontier
+    option_stages: tuple[int, ...]
     base_joules: float | None
     recompute_watts: float
+
+    def placed(self, index: int) -> Placed:
+        """The placement behind a point of the frontier."""
+        return Placed(
+            segments=self.frontier.segments(index),
+            selective=tuple(self.option_stages[number] for number in self.frontier.options(index)),
+        )
 
     def points(self) -> Iterator[tuple[float, int, float | None, int]]:
         """``(step_seconds, peak_bytes, step_joules, index)`` of every placement worth having."""
@@ -264,7 +273,7 @@ def _candidate(
     times = at_micro_batch(measured.wall, b)
     resident = resident_batches(profile, k)
     memory = memory_of_process(profile, measured, b, k, distribution)
-    parts = seconds_by_kind(profile, times, k, (), distribution)
+    parts = seconds_by_kind(profile, times, k, PLAIN, distribution)
     world_size = distribution.world_size
     watts = watts_at(profile, measured.precision)
     units = plan_units(
@@ -275,6 +284,11 @@ def _candidate(
         keep_cost=np.zeros(len(profile.stages), dtype=np.int64),
         segment_cost=segment_nanoseconds(times),
         recomputable=np.array([_recomputable(stage, distribution) for stage in profile.stages]),
+        selective_cost={
+            stage: round(selective_seconds(times, stage) * 1e9)
+            for stage, measured_time in enumerate(times.stages)
+            if measured_time.kept_seconds is not None
+        },
     )
     return _Candidate(
         distribution=distribution,
@@ -284,6 +298,7 @@ def _candidate(
         base_seconds=sum(parts.values()),
         floor_bytes=optimizer_peak_bytes(memory, b, resident),
         frontier=pareto(units),
+        option_stages=tuple(option.stage for option in units.options),
         base_joules=None if watts is None else sum(step_joules(parts, watts, world_size).values()),
         recompute_watts=0.0
         if watts is None
@@ -299,16 +314,16 @@ def _recomputable(stage: StageRecord, distribution: Distribution) -> bool:
 def _choice(profile: Profile, candidate: _Candidate, index: int, terms: _Terms) -> Choice:
     return _describe(
         profile, candidate.measured, candidate.micro_batch_size, candidate.gradient_accumulation_steps,
-        candidate.frontier.segments(index), candidate.distribution, terms,
+        candidate.placed(index), candidate.distribution, terms,
     )  # fmt: skip
 
 
 def _describe(
-    profile: Profile, measured: PrecisionProfile, b: int, k: int, segments: Segments, distribution: Distribution,
+    profile: Profile, measured: PrecisionProfile, b: int, k: int, placed: Placed, distribution: Distribution,
     terms: _Terms,
 ) -> Choice:  # fmt: skip
     prediction = predict(
-        profile, measured, micro_batch_size=b, gradient_accumulation_steps=k, segments=segments,
+        profile, measured, micro_batch_size=b, gradient_accumulation_steps=k, placed=placed,
         distribution=distribution, calibration=terms.calibration,
     )  # fmt: skip
     return Choice(
@@ -316,7 +331,7 @@ def _describe(
         gradient_accumulation_steps=k,
         precision=measured.precision,
         zero_stage=distribution.zero_stage,
-        checkpoint=name_segments(profile, segments),
+        checkpoint=name_segments(profile, placed),
         prediction=prediction,
         fits=prediction.peak_memory_bytes <= terms.limit_bytes,
     )
@@ -330,7 +345,7 @@ def _baselines(
     k = global_batch_size // (b * distribution.world_size)
 
     def baseline(segments: Segments) -> Choice:
-        return _describe(profile, measured, b, k, segments, distribution, terms)
+        return _describe(profile, measured, b, k, Placed(segments=segments), distribution, terms)
 
     spans = blocks(profile)
     grouped = sqrt_segments(len(spans)) if spans else ()

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from planner.placement import Segments
+from planner.nested import Placed
 from profiler.profile_record import StageTime, StepTime
 
 RECOMPUTE_ERROR = 0.05
@@ -50,6 +50,9 @@ def at_micro_batch(times: Sequence[StepTime], micro_batch_size: int) -> StepTime
                 recompute_seconds=between(a.recompute_seconds, b.recompute_seconds),
                 backward_first_seconds=between(a.backward_first_seconds, b.backward_first_seconds),
                 backward_later_seconds=between(a.backward_later_seconds, b.backward_later_seconds),
+                kept_seconds=None
+                if a.kept_seconds is None or b.kept_seconds is None
+                else between(a.kept_seconds, b.kept_seconds),
             )
             for a, b in zip(below.stages, above.stages, strict=True)
         ),
@@ -68,13 +71,17 @@ def _size(times: StepTime) -> int:
     return times.micro_batch_size
 
 
-def step_parts(times: StepTime, gradient_accumulation_steps: int, segments: Segments) -> dict[str, float]:
+def step_parts(times: StepTime, gradient_accumulation_steps: int, placed: Placed) -> dict[str, float]:
     """The seconds of one optimizer step by kind of work; the step's time is their sum."""
     k = gradient_accumulation_steps
     return {
         "forward": k * sum(stage.forward_seconds for stage in times.stages),
         "backward": sum(s.backward_first_seconds + (k - 1) * s.backward_later_seconds for s in times.stages),
-        "recompute": k * sum(segment_seconds(times, start, stop) for start, stop in segments),
+        "recompute": k
+        * (
+            sum(segment_seconds(times, start, stop) for start, stop in placed.segments)
+            + sum(selective_seconds(times, stage) for stage in placed.selective)
+        ),
         "optimizer": times.update_seconds,
         "host": k * times.host_seconds,
     }
@@ -84,6 +91,16 @@ def segment_seconds(times: StepTime, start: int, stop: int) -> float:
     """Extra seconds, per micro-batch, of recomputing stages start..stop-1 as one segment."""
     whole = sum(stage.forward_seconds for stage in times.stages[start : stop - 1])
     return whole + times.stages[stop - 1].recompute_seconds
+
+
+def selective_seconds(times: StepTime, stage: int) -> float:
+    """Extra seconds, per micro-batch, of a stage that runs again but for its products and attention."""
+    kept = times.stages[stage].kept_seconds
+    if kept is None:
+        raise ValueError(
+            "This profile does not tell how long products take in a stage. Profile again with this version."
+        )
+    return max(0.0, times.stages[stage].recompute_seconds - kept)
 
 
 def segment_nanoseconds(times: StepTime) -> npt.NDArray[np.int64]:

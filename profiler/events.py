@@ -26,8 +26,11 @@ Window = tuple[str, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Alloc:
+    """``kept``: made by an operation whose outputs a selective segment keeps (profiler/selective.py)."""
+
     key: int
     size_bytes: int
+    kept: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +56,10 @@ class Save:
 
 @dataclass(frozen=True, slots=True)
 class Operate:
-    """An operation begins. ``kind`` None: its scratch memory is of no interest."""
+    """An operation begins. ``kind`` None: its scratch memory is of no interest. ``kept``: as its outputs are."""
 
     kind: Kind | None
+    kept: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +71,10 @@ class Accumulate:
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Inside an operation memory rises this far above what is alive at its beginning."""
+    """Inside an operation memory rises this far above what is alive at its beginning. ``kept``: as its outputs are."""
 
     size_bytes: int
+    kept: bool = False
 
 
 Event = Alloc | Free | Enter | Save | Operate | Accumulate | Peak
@@ -78,9 +83,10 @@ EventT = TypeVar("EventT", Alloc, Free)
 
 @dataclass(slots=True)
 class Trace:
-    """The events of one step, and what was alive before it."""
+    """The events of one step, and what was alive before it. ``rewritten``: kept outputs that were written in place."""
 
     events: list[Event] = field(default_factory=list)
+    rewritten: set[int] = field(default_factory=set)
     parameter_bytes: int = 0
     buffer_bytes: int = 0
     optimizer_state_bytes: int = 0
@@ -168,8 +174,8 @@ def _in_place(events: Sequence[Event]) -> Iterator[Event]:
             case Alloc(key=key) if key in reused:
                 operand = reused[key]
                 names[key] = names.get(operand, operand)
-            case Alloc(key=key, size_bytes=size):
-                yield Alloc(key, size)
+            case Alloc():
+                yield event
             case Free(key=key) if key in reused.values():
                 pass
             case Free(key=key, size_bytes=size):
@@ -212,17 +218,17 @@ def _as_measured(events: Sequence[Event], workspaces: Workspaces) -> Iterator[Ev
     sizes: dict[int, int] = {}
     for index, event in enumerate(events):
         match event:
-            case Operate(kind=kind):
+            case Operate(kind=kind, kept=kept):
                 taken = None if kind is None else workspaces.taken(kind)
                 if taken is None:
                     yield event
                     continue
-                yield Peak(taken.peak_bytes)
+                yield Peak(taken.peak_bytes, kept)
                 outputs = _run(events, index + 1, Alloc)
                 if len(outputs) == len(taken.output_bytes):
                     sizes.update(zip((output.key for output in outputs), taken.output_bytes, strict=True))
-            case Alloc(key=key, size_bytes=size):
-                yield Alloc(key, sizes.get(key, size))
+            case Alloc(key=key, size_bytes=size, kept=kept):
+                yield Alloc(key, sizes.get(key, size), kept)
             case Free(key=key, size_bytes=size):
                 yield Free(key, sizes.get(key, size))
             case _:

@@ -43,7 +43,15 @@ from profiler.events import (
 from profiler.fake import numbers_in_updates
 from profiler.live import LiveStorages
 from profiler.pretend import pretending
-from profiler.profile_record import AffineBytes, Curve, Precision, PrecisionMemory, StageMemory
+from profiler.profile_record import (
+    AffineBytes,
+    Curve,
+    Precision,
+    PrecisionMemory,
+    SelectiveMemory,
+    StageMemory,
+)
+from profiler.selective import is_kept
 from profiler.step import StepObserver, Stepper, build_optimizer
 from profiler.workload import Workload
 from profiler.workspaces import Workspaces, kind_of
@@ -190,21 +198,36 @@ class MemoryTracer:
         trace = Trace()
         recording = False
 
+        keeps = False
+        kept_keys: set[int] = set()
+
         def observe(event: str, key: int, size_bytes: int) -> None:
-            if recording:
-                trace.events.append(Alloc(key, size_bytes) if event == "alloc" else Free(key, size_bytes))
+            if not recording:
+                return
+            if event == "alloc":
+                trace.events.append(Alloc(key, size_bytes, keeps))
+                if keeps:
+                    kept_keys.add(key)
+            else:
+                trace.events.append(Free(key, size_bytes))
 
         between = BetweenNodes()
 
         def calling(func: Any, args: Any, kwargs: Any) -> None:
+            nonlocal keeps
             if not recording:
                 return
+            keeps = is_kept(func, args, kwargs or {})
+            if func._schema.is_mutable:
+                written = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+                trace.rewritten.update(kept_keys & {live.key_of(tensor) for tensor in written})
             if between.now and is_sum_of_two(func, args, kwargs):
                 first = args[:1] if not args[0]._is_view() else ()
                 dense = (tensor for tensor in first if is_non_overlapping_and_dense_or_false(tensor))
                 trace.events.append(Accumulate(tuple(k for k in map(live.key_of, dense) if k is not None)))
             else:
-                trace.events.append(Operate(kind_of(func, args, kwargs) if self._workspaces else None))
+                kind = kind_of(func, args, kwargs) if self._workspaces else None
+                trace.events.append(Operate(kind, keeps))
 
         def called(func: Any, args: Any, kwargs: Any, outputs: Any) -> None:
             if recording and counter is not None:
@@ -299,6 +322,27 @@ class _StageAnalysis:
     dropped_first: list[int] = field(default_factory=list)
     backward_first: list[int] = field(default_factory=list)
     backward_later: list[int] = field(default_factory=list)
+    selective: _SelectiveAnalysis = field(default_factory=lambda: _SelectiveAnalysis())
+
+
+@dataclass(slots=True)
+class _SelectiveAnalysis:
+    """What a stage that keeps its products adds: ``rebuild`` pairs a level with the kept bytes made until then.
+
+    ``hold_bytes`` and ``points``: up to its last saved tensor.
+    """
+
+    made_bytes: int = 0
+    hold_bytes: int = 0
+    points: int = 0
+    possible: bool = True
+    rebuild: list[tuple[int, int]] = field(default_factory=list)
+    forward: list[int] = field(default_factory=list)
+
+    def rebuilt(self) -> list[int]:
+        """Levels of the second run: all that is kept is there from the beginning."""
+        needed = self.rebuild[: max(self.points, 1)]
+        return [level + self.hold_bytes - min(made, self.hold_bytes) for level, made in needed]
 
 
 @dataclass(slots=True)
@@ -407,7 +451,9 @@ def _walk_plain(
         level = total - excluded + inside
         points.append(level)
         if window[:2] == ("forward", 0):
-            stages[window[2]].rebuild_first.append(level - sum(leftovers.values()))
+            stage = stages[window[2]]
+            stage.rebuild_first.append(level - sum(leftovers.values()))
+            stage.selective.rebuild.append((stage.rebuild_first[-1], stage.selective.made_bytes))
 
     for event in trace.events:
         match event:
@@ -437,12 +483,17 @@ def _walk_plain(
                 else:
                     points = []
                 add_point()
-            case Alloc(key=key, size_bytes=size):
+            case Alloc(key=key, size_bytes=size, kept=kept):
                 alive[key] = size
                 total += size
+                if kept and window[:2] == ("forward", 0):
+                    stages[window[2]].selective.made_bytes += size
+                    stages[window[2]].selective.possible &= key not in trace.rewritten
                 add_point()
-            case Peak(size_bytes=size):
+            case Peak(size_bytes=size, kept=kept):
                 add_point(size)
+                if kept and window[:2] == ("forward", 0):
+                    stages[window[2]].selective.rebuild.pop()  # The second run does not call this operation.
             case Free(key=key) if key in alive:
                 size = alive.pop(key)
                 total -= size
@@ -450,7 +501,10 @@ def _walk_plain(
                 if earlier(key):
                     excluded -= size
             case Save() if window[0] == "forward" and window[1] == 0:
-                stages[window[2]].recompute_points = len(points)
+                stage = stages[window[2]]
+                stage.recompute_points = len(points)
+                stage.selective.points = len(stage.selective.rebuild)
+                stage.selective.hold_bytes = stage.selective.made_bytes
             case _:
                 pass
     return optimizer
@@ -468,26 +522,36 @@ def _walk_dropped(trace: Trace, stages: list[_StageAnalysis]) -> None:
     for i, stage in enumerate(stages):
         stage.dropped_hold_bytes = sum(lives[key].size_bytes for key in lasting if lives[key].born[2] == i)
     alive: dict[int, int] = {}
-    total = excluded = returned = 0
+    total = excluded = returned = kept_bytes = 0
+    kept_here: set[int] = set()
     current = 0
+
+    def add_point(inside: int = 0) -> None:
+        level = total - excluded + inside
+        stages[current].dropped.append(level)
+        stages[current].dropped_first.append(level + returned)
+        stages[current].selective.forward.append(level + returned + kept_bytes)
+
     for event in trace.events:
         match event:
             case Enter(window=("forward", _, i)):
-                current, returned = i, 0
+                current, returned, kept_bytes = i, 0, 0
+                kept_here.clear()
                 excluded = sum(alive[key] for key in alive if key in lasting)
-                stages[i].dropped.append(total - excluded)
-                stages[i].dropped_first.append(total - excluded)
-            case Alloc(key=key, size_bytes=size):
+                add_point()
+            case Alloc(key=key, size_bytes=size, kept=kept):
                 alive[key] = size
                 total += size
-                stages[current].dropped.append(total - excluded)
-                stages[current].dropped_first.append(total - excluded + returned)
+                if kept:
+                    kept_here.add(key)
+                add_point()
             case Peak(size_bytes=size):
-                stages[current].dropped.append(total - excluded + size)
-                stages[current].dropped_first.append(total - excluded + size + returned)
+                add_point(size)
             case Free(key=key) if key in alive:
                 size = alive.pop(key)
                 total -= size
+                if key in kept_here:
+                    kept_bytes += size
                 if key == inputs.get(("forward", 0, current)):
                     returned = size
             case _:
@@ -531,6 +595,16 @@ class _Fit:
             dropped_first=self.curve(a.dropped_first, b.dropped_first),
             backward_first=self.curve(a.backward_first, b.backward_first),
             backward_later=self.curve(a.backward_later, b.backward_later),
+            selective=self.selective(a.selective, b.selective),
+        )
+
+    def selective(self, a: _SelectiveAnalysis, b: _SelectiveAnalysis) -> SelectiveMemory | None:
+        if not (a.hold_bytes and b.hold_bytes and a.possible and b.possible):
+            return None
+        return SelectiveMemory(
+            hold=self.affine(a.hold_bytes, b.hold_bytes),
+            forward=self.curve(a.forward, b.forward),
+            rebuild=self.curve(a.rebuilt(), b.rebuilt()),
         )
 
 

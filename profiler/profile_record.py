@@ -48,6 +48,18 @@ def peak_at(curve: Curve, micro_batch_size: int) -> int:
     return max(bytes_at(point, micro_batch_size) for point in curve)
 
 
+class SelectiveMemory(Record):
+    """The memory of one stage that keeps the outputs of its products and attention and runs the rest again.
+
+    ``hold``: these outputs. ``forward``: they and its input are kept, its saved tensors dropped. ``rebuild``: its
+    second run, with these outputs there from the beginning.
+    """
+
+    hold: AffineBytes
+    forward: Curve
+    rebuild: Curve
+
+
 class StageMemory(Record):
     """The memory of one stage; see planner/memory.py for how the pieces are composed.
 
@@ -58,7 +70,7 @@ class StageMemory(Record):
     saved tensor, ``dropped`` drops them, ``dropped_first`` drops them and keeps its input. ``rebuild_first`` and
     ``rebuild_single`` are ``forward`` and ``recompute`` without what local variables of the forward pass still
     hold of the stage before: a replay that begins here holds none of it. ``backward_first`` makes gradients,
-    ``backward_later`` adds to them.
+    ``backward_later`` adds to them. ``selective``: None where nothing would be kept, or could not be.
     """
 
     input: AffineBytes
@@ -75,6 +87,7 @@ class StageMemory(Record):
     dropped_first: Curve
     backward_first: Curve
     backward_later: Curve
+    selective: SelectiveMemory | None = None
 
 
 class PrecisionMemory(Record):
@@ -96,12 +109,16 @@ class PrecisionMemory(Record):
 
 
 class StageTime(Record):
-    """Seconds of one stage for one micro-batch. ``recompute``: its forward up to the last saved tensor."""
+    """Seconds of one stage for one micro-batch. ``recompute``: its forward up to the last saved tensor.
+
+    ``kept``: of that, what a selective segment would not run again. None: not known.
+    """
 
     forward_seconds: Seconds
     recompute_seconds: Seconds
     backward_first_seconds: Seconds
     backward_later_seconds: Seconds
+    kept_seconds: Seconds | None = None
 
 
 class StepTime(Record):

@@ -33,6 +33,7 @@ from profiler.chain import Stage
 from profiler.events import Window
 from profiler.memory import MemoryTracer
 from profiler.profile_record import Precision, StageTime, StepTime
+from profiler.selective import is_kept
 from profiler.workload import Workload
 
 MICRO_BATCHES = 2
@@ -43,12 +44,13 @@ SHORT_NAMES: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What one operation computes and moves. ``precision``: of its products."""
+    """What one operation computes and moves. ``precision``: of its products. ``kept``: see profiler/selective.py."""
 
     name: str
     flops: float
     moved_bytes: float
     precision: Precision
+    kept: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +130,7 @@ def between(small: StepCosts, large: StepCosts, micro_batch_size: int) -> StepCo
                 a.flops + share * (b.flops - a.flops),
                 a.moved_bytes + share * (b.moved_bytes - a.moved_bytes),
                 a.precision,
+                a.kept,
             )
             for a, b in zip(found, other, strict=True)
         )
@@ -203,7 +206,8 @@ def _operation(func: Any, args: Any, kwargs: Any, outputs: Any) -> Operation | N
     formula = flop_registry.get(func._overloadpacket)
     flops = float(formula(*args, **kwargs, out_val=outputs)) if formula is not None else 0.0
     floats = (tensor.dtype for tensor in read if tensor.is_floating_point())
-    return Operation(name, flops, float(moved), SHORT_NAMES.get(next(floats, torch.float32), "fp32"))
+    precision = SHORT_NAMES.get(next(floats, torch.float32), "fp32")
+    return Operation(name, flops, float(moved), precision, is_kept(func, args, kwargs))
 
 
 def _arguments(func: Any, args: Any, kwargs: Any) -> Iterable[tuple[Any, Any]]:
@@ -251,10 +255,11 @@ def step_time(costs: StepCosts, rates: Rates, efficiency: Efficiency) -> StepTim
         return times.get((phase, micro_batch, stage), 0.0)
 
     def stage(i: int) -> StageTime:
-        whole = costs.windows.get(("forward", 0, i), ())
+        again = costs.windows.get(("forward", 0, i), ())[: costs.until_saved.get(i, 0)]
         return StageTime(
             forward_seconds=of("forward", 0, i),
-            recompute_seconds=seconds(whole[: costs.until_saved.get(i, 0)], rates, efficiency),
+            recompute_seconds=seconds(again, rates, efficiency),
+            kept_seconds=seconds([o for o in again if o.kept], rates, efficiency),
             backward_first_seconds=of("backward", 0, i),
             backward_later_seconds=of("backward", 1, i),
         )

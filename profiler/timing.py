@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from profiler.chain import Stage
@@ -30,6 +31,7 @@ from profiler.device import keep_freed_memory, process_cpu_seconds, synchronize
 from profiler.events import Window
 from profiler.memory import WindowMarks
 from profiler.profile_record import Precision, StageTime, StepTime
+from profiler.selective import is_kept
 from profiler.step import Stepper, build_optimizer, build_scaler
 from profiler.workload import Workload
 from profiler.workspaces import Workspaces
@@ -42,6 +44,9 @@ SHORTEST_SECONDS = 1.0
 """Short steps are repeated for this long, or until there are so many:"""
 
 MOST_STEPS = 50
+
+KEPT_PASSES = 2
+"""Forward passes in which what a selective segment keeps is timed, operation by operation."""
 
 HOPELESS_SLOWDOWN = 2.0
 """A precision whose forward pass takes this many times fp32's is not timed any further."""
@@ -149,11 +154,28 @@ def measure_times(
             _check_finite(loss, precision, micro_batch_size)
             yardstick.beside(readings[-1].wall_seconds)
             spent += readings[-1].wall_seconds
-    wall = _summary([r.wall for r in readings], len(stages), micro_batch_size, yardstick.wall_seconds())
+        kept = _KeptMarks(clock, saves)
+        forwards = []
+        for _ in range(KEPT_PASSES):
+            synchronize(device)
+            clock.start()
+            with kept, stepper.autocast():
+                marks.forward_begins(0)
+                stepper.loss(stepper.model, batches[0])
+                marks.step_ended()
+            synchronize(device)
+            forwards.append(clock.read())
+    wall = _summary(
+        [r.wall for r in readings],
+        _kept_shares([r.wall for r in forwards], len(stages)),
+        micro_batch_size,
+        yardstick.wall_seconds(),
+    )
     of_cpu = [r.process_cpu for r in readings if r.process_cpu is not None]
     if not of_cpu:
         return Timing(wall, None)
-    return Timing(wall, _summary(of_cpu, len(stages), micro_batch_size, yardstick.cpu_seconds()))
+    shares = _kept_shares([r.process_cpu for r in forwards if r.process_cpu is not None], len(stages))
+    return Timing(wall, _summary(of_cpu, shares, micro_batch_size, yardstick.cpu_seconds()))
 
 
 def _check_finite(loss: torch.Tensor, precision: Precision, micro_batch_size: int) -> None:
@@ -227,6 +249,11 @@ class _LastSave:
         self._last: dict[int, int] = {}
         self._seen = 0
 
+    @property
+    def stage(self) -> int | None:
+        """The stage that runs forward, if one does."""
+        return self._window[2] if self._window[0] == "forward" else None
+
     def window(self, window: Window, boundary: torch.Tensor | None) -> None:
         self._window, self._seen = window, 0
         self._clock.mark(window)
@@ -244,6 +271,41 @@ class _LastSave:
     def learn(self) -> None:
         if not self._last:
             self._last = dict(self._counts)
+
+
+class _KeptMarks(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Marks where each operation begins and ends whose outputs a selective segment keeps."""
+
+    def __init__(self, clock: _CpuClock | _CudaClock, saves: _LastSave) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._clock = clock
+        self._saves = saves
+        self._count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        stage = self._saves.stage
+        if stage is None or not is_kept(func, args, kwargs):
+            return func(*args, **kwargs)
+        self._count += 1
+        self._clock.mark_inside(("kept begins", self._count, stage))
+        outputs = func(*args, **kwargs)
+        self._clock.mark_inside(("kept ends", self._count, stage))
+        return outputs
+
+
+def _kept_shares(passes: list[Times], length: int) -> list[float]:
+    """Of each stage's forward up to its last saved tensor: what operations take whose outputs would be kept."""
+    kept, whole = [0.0] * length, [0.0] * length
+    for times in passes:
+        for (kind, number, stage), seconds in times.items():
+            if kind == "saved":
+                whole[stage] += seconds
+            elif kind == "kept ends" and seconds <= times.get(("saved", 0, stage), 0.0):
+                kept[stage] += seconds - times["kept begins", number, stage]
+    return [part / all_of_it if all_of_it else 0.0 for part, all_of_it in zip(kept, whole, strict=True)]
 
 
 class _CpuClock:
@@ -313,7 +375,9 @@ def _total(step: Times) -> float:
     return sum(seconds for key, seconds in step.items() if key[0] != "saved")
 
 
-def _summary(steps: list[Times], length: int, micro_batch_size: int, yardstick_seconds: float) -> StepTime:
+def _summary(
+    steps: list[Times], kept_shares: list[float], micro_batch_size: int, yardstick_seconds: float
+) -> StepTime:
     totals = [_total(step) for step in steps]
 
     def mean(*keys: Key) -> float:
@@ -321,9 +385,11 @@ def _summary(steps: list[Times], length: int, micro_batch_size: int, yardstick_s
 
     def stage(i: int) -> StageTime:
         forward = mean(("forward", 0, i), ("forward", 1, i))
+        recompute = min(forward, mean(("saved", 0, i), ("saved", 1, i)))
         return StageTime(
             forward_seconds=forward,
-            recompute_seconds=min(forward, mean(("saved", 0, i), ("saved", 1, i))),
+            recompute_seconds=recompute,
+            kept_seconds=kept_shares[i] * recompute,
             backward_first_seconds=mean(("backward", 0, i)),
             backward_later_seconds=mean(("backward", 1, i)),
         )
@@ -333,7 +399,7 @@ def _summary(steps: list[Times], length: int, micro_batch_size: int, yardstick_s
     middle = statistics.mean(ordered)
     return StepTime(
         micro_batch_size=micro_batch_size,
-        stages=tuple(stage(i) for i in range(length)),
+        stages=tuple(stage(i) for i in range(len(kept_shares))),
         update_seconds=mean(("optimizer", 0, 0)),
         host_seconds=sum(mean(("between", m, 0)) for m in range(2)) / 2,
         step_seconds=middle,

@@ -36,11 +36,11 @@ import torch
 
 from planner import calibration, optimize
 from planner.cost import index_segments, instead, name_segments, predict
-from planner.placement import Segments
+from planner.nested import PLAIN, Placed
 from planner.plan import Choice, Plan
 from profiler import catalogue, records
 from profiler.device import describe
-from profiler.profile_record import DeviceRecord, Profile
+from profiler.profile_record import DeviceRecord, PrecisionMemory, Profile
 from studies.runs import RESULTS, document, provenance, run, write
 
 TIME_LIMIT_SECONDS = 600.0
@@ -185,7 +185,7 @@ def of_roofline(beforehand: Profile | None, plan: Plan) -> Row:
     prediction = predict(
         beforehand, at_precision, micro_batch_size=plan.micro_batch_size,
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
-        segments=index_segments(beforehand, plan.checkpoint),
+        placed=index_segments(beforehand, plan.checkpoint),
     )  # fmt: skip
     costs = {name: getattr(prediction, name) for name in ("step_seconds", "peak_memory_bytes")}
     return {"roofline": costs | {"stated_error": msgspec.to_builtins(prediction.error)}}
@@ -200,9 +200,10 @@ def random_plans(profile: Profile, count: int, seed: int) -> Iterator[Plan]:
         b = generator.randint(low, high) if index else high
         k = generator.choice((1, 2, 3)) if index else 1
         measured = generator.choice(profile.precisions)
-        segments = random_segments(allowed, generator) if index else ()
+        memory = measured.memory_at(b)
+        placed = random_placed(allowed, selectable(memory), generator) if index else PLAIN
         prediction = predict(
-            profile, measured, micro_batch_size=b, gradient_accumulation_steps=k, segments=segments,
+            profile, measured, micro_batch_size=b, gradient_accumulation_steps=k, placed=placed,
             calibration=calibration.load(profile.device),
         )  # fmt: skip
         choice = Choice(
@@ -210,26 +211,40 @@ def random_plans(profile: Profile, count: int, seed: int) -> Iterator[Plan]:
             gradient_accumulation_steps=k,
             precision=measured.precision,
             zero_stage=0,
-            checkpoint=name_segments(profile, segments),
+            checkpoint=name_segments(profile, placed),
             prediction=prediction,
             fits=True,
         )
         yield instead(optimize(profile, global_batch_size=b * k), choice)
 
 
-def random_segments(recomputable: Sequence[bool], generator: random.Random) -> Segments:
-    """Runs of stages: from each stage on, as likely kept as not, one to six long."""
+def random_placed(
+    recomputable: Sequence[bool], selective: Sequence[bool], generator: random.Random
+) -> Placed:
+    """Runs of stages, one to six long: kept, one segment, a segment with another inside, or stages kept selectively."""
     segments: list[tuple[int, int]] = []
+    chosen: list[int] = []
     start = 0
     while start < len(recomputable):
         stop = start
         longest = start + generator.randint(1, 6)
         while stop < min(longest, len(recomputable)) and recomputable[stop]:
             stop += 1
-        if stop > start and generator.random() < 0.5:
+        how = generator.choice(("kept", "kept", "segment", "nested", "selective")) if stop > start else "kept"
+        if how == "selective":
+            chosen += [stage for stage in range(start, stop) if selective[stage]]
+        elif how != "kept":
             segments.append((start, stop))
+            if how == "nested" and stop - start > 1:
+                first = generator.randrange(start, stop - 1)
+                segments.append((first, generator.randrange(first + 1, stop)))
         start = max(stop, start + 1)
-    return tuple(segments)
+    return Placed(segments=tuple(segments), selective=tuple(chosen))
+
+
+def selectable(memory: PrecisionMemory) -> list[bool]:
+    """Which stages have products to keep."""
+    return [stage.selective is not None for stage in memory.stages]
 
 
 def measured(case: Case, plan: Plan, folder: Path, steps: int) -> Row:

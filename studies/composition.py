@@ -4,7 +4,7 @@ A profile holds curves of single windows, traced from one plain step; planner/me
 any plan from them. Here random plans are composed, and then run with their segments while the allocator tells its
 peak:
 
-    random segments, b, k, precision ──▶ timeline ──▶ predicted peak ─┐
+    random placement, b, k, precision ──▶ timeline ──▶ predicted peak ─┐
                         │                                             ├──▶ relative error
                         └──▶ Checkpoints, two real steps ─▶ allocator ┘
 
@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import torch
 import torchvision
 
-from executor.recompute import Checkpoints, Stretch
+from executor.recompute import Checkpoints, Stretch, nest
 from planner.cost import COMPOSITION_ERROR
 from planner.memory import peak_window, timeline
-from planner.placement import Segments
+from planner.nested import PLAIN, Placed, depths
 from profiler.allocator import measure_step
 from profiler.chain import Call, Stage, discover, recomputable_stages
 from profiler.memory import MemoryTracer
@@ -36,17 +36,21 @@ from profiler.profile_record import Precision, PrecisionMemory
 from profiler.timing import stepper_for
 from profiler.workload import Workload
 from profiler.workspaces import Workspaces
-from studies.accuracy import random_segments
+from studies.accuracy import random_placed, selectable
 from studies.workloads import classifier, gpt2_of_three_blocks, mlp
 
 TRACED_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+
+
+Curves = Callable[[Precision, bool], PrecisionMemory]
+"""What is known at a precision, for micro-batches of one sample or for larger ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
     """The knobs of a plan that its peak depends on."""
 
-    segments: Segments
+    placed: Placed
     micro_batch_size: int
     gradient_accumulation_steps: int
     precision: Precision
@@ -57,7 +61,7 @@ def predicted_peak_bytes(memory: PrecisionMemory, setting: Setting) -> int:
     return peak_window(
         timeline(
             memory,
-            setting.segments,
+            setting.placed,
             micro_batch_size=setting.micro_batch_size,
             gradient_accumulation_steps=setting.gradient_accumulation_steps,
             resident_batches=setting.gradient_accumulation_steps,
@@ -74,7 +78,7 @@ def executed_peak_bytes(
     """
     model, k = workload.model, setting.gradient_accumulation_steps
     batches = [workload.batch(setting.micro_batch_size) for _ in range(k)]
-    checkpoints = Checkpoints(model, stretches(stages, setting.segments))
+    checkpoints = Checkpoints(model, stretches(stages, setting.placed))
     try:
         stepper = stepper_for(workload, optimizer, setting.precision, torch.device("cpu"))
         stepper.step(batches, k)
@@ -96,26 +100,32 @@ def tracer_of(
     return MemoryTracer(workload, stages, optimizer, workspaces=workspaces)
 
 
-def stretches(stages: Sequence[Stage], segments: Segments) -> tuple[Stretch, ...]:
-    """Half-open ranges of stages as what the executor's hooks understand."""
+def stretches(stages: Sequence[Stage], placed: Placed) -> tuple[Stretch, ...]:
+    """A placement on stages as what the executor's hooks understand."""
     entries = [Call.parse(stage.entry) for stage in stages]
-    return tuple(
-        Stretch(entries[start], entries[stop] if stop < len(entries) else None) for start, stop in segments
+    ends = [*entries, None]
+    segments = nest(
+        (depth, Stretch(entries[start], ends[stop]))
+        for depth, (start, stop) in zip(depths(placed.segments), placed.segments, strict=True)
     )
+    selective = (Stretch(entries[i], ends[i + 1], selective=True) for i in placed.selective)
+    return (*segments, *selective)
 
 
 def random_settings(
-    stages: Sequence[Stage], batch_sizes: Sequence[int], count: int, seed: int
+    stages: Sequence[Stage], curves: Curves, batch_sizes: Sequence[int], count: int, seed: int
 ) -> Iterator[Setting]:
     """The plain plan first, then random ones."""
     generator = random.Random(seed)
     allowed = recomputable_stages(stages)
     for index in range(count):
+        b, precision = generator.choice(batch_sizes), generator.choice(TRACED_PRECISIONS)
+        selective = selectable(curves(precision, b == 1))
         yield Setting(
-            segments=random_segments(allowed, generator) if index else (),
-            micro_batch_size=generator.choice(batch_sizes),
+            placed=random_placed(allowed, selective, generator) if index else PLAIN,
+            micro_batch_size=b,
             gradient_accumulation_steps=generator.choice((1, 2, 3)),
-            precision=generator.choice(TRACED_PRECISIONS),
+            precision=precision,
         )
 
 
@@ -133,18 +143,18 @@ def errors_of(workload: Workload, plans: int, seed: int) -> list[tuple[Setting, 
     """``(setting, predicted bytes, executed bytes)`` of random plans of one workload."""
     stages = discover(workload)
     tracer = tracer_of(workload, stages, (1, *TRACED_SIZES))
-    memory = {
-        (precision, at_one): tracer.memory(precision, (1, 1) if at_one else TRACED_SIZES)
-        for precision in TRACED_PRECISIONS
-        for at_one in (True, False)
-    }
+
+    @functools.cache
+    def curves(precision: Precision, at_one: bool) -> PrecisionMemory:
+        return tracer.memory(precision, (1, 1) if at_one else TRACED_SIZES)
+
     return [
         (
             setting,
-            predicted_peak_bytes(memory[setting.precision, setting.micro_batch_size == 1], setting),
+            predicted_peak_bytes(curves(setting.precision, setting.micro_batch_size == 1), setting),
             executed_peak_bytes(workload, stages, setting),
         )
-        for setting in random_settings(stages, BATCH_SIZES, plans, seed)
+        for setting in random_settings(stages, curves, BATCH_SIZES, plans, seed)
     ]
 
 
@@ -160,7 +170,7 @@ def main() -> None:
             print(
                 f"{name:15} {setting.precision} b={setting.micro_batch_size:<3} "
                 f"k={setting.gradient_accumulation_steps} predicted {predicted / 2**20:9.2f} MiB, "
-                f"executed {executed / 2**20:9.2f} MiB, error {errors[-1]:+.4%}  {setting.segments}",
+                f"executed {executed / 2**20:9.2f} MiB, error {errors[-1]:+.4%}  {setting.placed}",
                 flush=True,
             )
     sizes = [abs(error) for error in errors]

@@ -38,6 +38,7 @@ from executor import distributed
 from planner.communication import Distribution
 from planner.cost import predict, resident_batches
 from planner.memory import peak_window, timeline
+from planner.nested import PLAIN
 from planner.zero import ZERO_STAGES, sharded
 from profiler import device as devices
 from profiler.measure import profile as profile_workload
@@ -142,7 +143,7 @@ def rows(name: str, case: Case, found: Profile, zero_stage: int) -> list[Row]:
     assert fp32 is not None
     spread = Distribution(world_size=WORLD_SIZE, zero_stage=zero_stage, link=found.link)
     seconds = predict(
-        found, fp32, micro_batch_size=b, gradient_accumulation_steps=k, segments=(), distribution=spread
+        found, fp32, micro_batch_size=b, gradient_accumulation_steps=k, placed=PLAIN, distribution=spread
     ).step_seconds
     made = []
     for measured in measure(name, (zero_stage,))[zero_stage]:
@@ -151,7 +152,7 @@ def rows(name: str, case: Case, found: Profile, zero_stage: int) -> list[Row]:
             gradient_accumulation_steps=k, rank=measured["rank"], collectives=spread.collectives,
         )  # fmt: skip
         windows = timeline(
-            memory, (), micro_batch_size=b, gradient_accumulation_steps=k,
+            memory, PLAIN, micro_batch_size=b, gradient_accumulation_steps=k,
             resident_batches=resident_batches(found, k),
         )  # fmt: skip
         made.append(

@@ -24,6 +24,7 @@ from typing import Any
 import transformers
 
 from planner.memory import peak_window, timeline
+from planner.nested import PLAIN
 from profiler import registry
 from profiler.chain import discover
 from profiler.memory import MemoryTracer
@@ -114,7 +115,7 @@ def examined(workload: Workload) -> dict[str, Any]:
     composed = peak_window(
         timeline(
             tracer.memory("fp32", TRACED),
-            (),
+            PLAIN,
             micro_batch_size=COMPARED,
             gradient_accumulation_steps=ACCUMULATION,
             resident_batches=ACCUMULATION,

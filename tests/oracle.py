@@ -22,8 +22,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from planner.placement import Segments
-from profiler.profile_record import PrecisionMemory, StageMemory, bytes_at, peak_at
+from planner.nested import Placed, Segments
+from profiler.profile_record import PrecisionMemory, SelectiveMemory, StageMemory, bytes_at, peak_at
 
 
 class Machine:
@@ -83,7 +83,7 @@ class Step:
         self.machine = Machine()
 
     def forward(
-        self, i: int, *, saving: bool, keep_input: bool = False, until_last_save: bool = False
+        self, i: int, *, saving: bool, keep_input: bool = False, until_last_save: bool = False, depth: int = 0
     ) -> None:
         """From ``x i`` to ``x i+1``. ``until_last_save``: a replay that is only wanted for what it saves."""
         layer, machine = self.chain.layers[i], self.machine
@@ -93,7 +93,7 @@ class Step:
                 if n and not saving:
                     machine.give_back(f"saved {i} {n - 1}")
             last = len(layer.saved) - 1
-        machine.take(f"left by {'saving' if saving else 'dropping'} {i}", layer.leaves)
+        machine.take(f"left by saving {i}" if saving else f"left by dropping {i} {depth}", layer.leaves)
         if not until_last_save:
             machine.take(f"x {i + 1}", layer.output)
         if not saving:
@@ -121,30 +121,12 @@ class Step:
 
     def run(self, segments: Segments, micro_batches: int) -> int:
         """A whole step; its peak."""
-        chain, machine, stop_of = self.chain, self.machine, dict(segments)
+        chain, machine = self.chain, self.machine
         machine.take("constant", chain.constant)
         length = len(chain.layers)
         for _ in range(micro_batches):
             machine.take("x 0", chain.input)
-            units = list(units_of(length, segments))
-            for start, stop in units:
-                if start not in stop_of:
-                    self.forward(start, saving=True)
-                    continue
-                machine.take(f"state {start}", chain.state)
-                for i in range(start, stop):
-                    self.forward(i, saving=False, keep_input=i == start)
-            machine.give_back(f"x {length}")  # The loss turns the output into its gradient.
-            machine.take(f"dx {length}", chain.layers[-1].output)
-            for start, stop in reversed(units):
-                if start in stop_of:
-                    self.replay(start, stop)
-                for i in reversed(range(start, stop)):
-                    self.backward(i)
-                if start in stop_of:
-                    for i in range(start, stop):
-                        machine.give_back(f"left by dropping {i}")
-                    machine.give_back(f"state {start}")
+            self.there_and_back(0, length, segments, ())
         with machine.for_a_moment("optimizer scratch", chain.optimizer_scratch):
             pass
         for i in range(length):
@@ -152,23 +134,48 @@ class Step:
         assert set(machine.live) == {"constant"}, "a step leaves nothing behind"
         return machine.peak_bytes
 
-    def replay(self, start: int, stop: int) -> None:
-        """Run a segment forward again; its input stays until the replay is over."""
-        with self.machine.for_a_moment(f"state to go back to {start}", self.chain.state):
-            for i in range(start, stop):
-                self.forward(i, saving=True, keep_input=i == start, until_last_save=i == stop - 1)
-            if not self.chain.layers[start].saves_input:
-                self.machine.give_back(f"x {start}")
+    def there_and_back(self, start: int, stop: int, segments: Segments, around: Segments) -> None:
+        """Layers [start, stop) forward and backward: the whole chain, or the innermost segment ``around`` again."""
+        chain, machine, depth = self.chain, self.machine, len(around)
+        units = list(units_of(start, stop, segments, around))
+        if around:
+            machine.take(f"state to go back to {depth}", chain.state)
+        for first, last, recomputed in units:
+            if not recomputed:
+                self.forward(
+                    first, saving=True, keep_input=depth > 0 and first == start,
+                    until_last_save=depth > 0 and first == stop - 1,
+                )  # fmt: skip
+                continue
+            machine.take(f"state {first} {depth}", chain.state)
+            for i in range(first, last):
+                self.forward(i, saving=False, keep_input=i == first, depth=depth)
+        if around:
+            if not units[0][2] and not chain.layers[start].saves_input:
+                machine.give_back(f"x {start}")
+            machine.give_back(f"state to go back to {depth}")
+            machine.give_back(f"state {start} {depth - 1}")
+        else:
+            machine.give_back(f"x {stop}")  # The loss turns the output into its gradient.
+            machine.take(f"dx {stop}", chain.layers[-1].output)
+        for first, last, recomputed in reversed(units):
+            if not recomputed:
+                self.backward(first)
+                continue
+            self.there_and_back(first, last, segments, (*around, (first, last)))
+            for i in range(first, last):
+                machine.give_back(f"left by dropping {i} {depth}")
 
 
-def units_of(length: int, segments: Segments) -> Iterator[tuple[int, int]]:
-    """The chain as half-open ranges: segments, and single stages between them."""
-    stop_of = dict(segments)
-    i = 0
-    while i < length:
-        stop = stop_of.get(i, i + 1)
-        yield i, stop
-        i = stop
+def units_of(
+    start: int, stop: int, segments: Segments, around: Segments = ()
+) -> Iterator[tuple[int, int, bool]]:
+    """Layers [start, stop) as half-open ranges, each with whether it is one of the segments: the outermost ones."""
+    i = start
+    while i < stop:
+        ends = [b for a, b in segments if a == i and b <= stop and (a, b) not in around]
+        yield i, max(ends, default=i + 1), bool(ends)
+        i = max(ends, default=i + 1)
 
 
 def windows_of(chain: HandMade) -> PrecisionMemory:
@@ -236,9 +243,9 @@ def windows_of(chain: HandMade) -> PrecisionMemory:
     )
 
 
-def walk(memory: PrecisionMemory, segments: Segments, *, micro_batch_size: int, micro_batches: int) -> int:
+def walk(memory: PrecisionMemory, placed: Placed, *, micro_batch_size: int, micro_batches: int) -> int:
     """The highest window of a step of a profiled model on a CPU, where all its micro-batches wait in memory."""
-    b, machine, stop_of = micro_batch_size, Machine(), dict(segments)
+    b, machine = micro_batch_size, Machine()
     stages, length = memory.stages, len(memory.stages)
     levels: list[int] = []
     for name in ("parameter_bytes", "buffer_bytes", "optimizer_state_bytes", "other_bytes"):
@@ -254,48 +261,74 @@ def walk(memory: PrecisionMemory, segments: Segments, *, micro_batch_size: int, 
     def gradients() -> int:
         return sum(size for name, size in machine.live.items() if name.startswith("gradient"))
 
-    units = list(units_of(length, segments))
-    for m in range(micro_batches):
-        for start, stop in units:
-            if start not in stop_of:
-                during(stages[start].forward)
-                machine.take(f"kept {start}", bytes_at(stages[start].hold, b))
-                continue
-            machine.take(f"state {start}", memory.segment_bytes)
-            for i in range(start, stop):
-                during(stages[i].dropped_first if i == start else stages[i].dropped)
-                machine.take(f"left {i}", bytes_at(stages[i].dropped_hold, b))
-                if i == start:
-                    machine.take(f"input {i}", bytes_at(stages[i].input, b))
-        for start, stop in reversed(units):
-            if start in stop_of:
-                machine.take("state to go back to", memory.segment_bytes)
-                machine.take("arriving gradient", bytes_at(stages[stop - 1].carry, b))
-                machine.give_back(f"input {start}")  # The first window counts it as its own.
-                for i in range(start, stop):
-                    single = i == start == stop - 1
-                    last = i == stop - 1
-                    during(
-                        stages[i].rebuild_single if single
-                        else stages[i].rebuild_first if i == start
-                        else stages[i].recompute if last
-                        else stages[i].forward
-                    )  # fmt: skip
-                    machine.take(f"kept {i}", bytes_at(stages[i].hold, b))
-                    if i == start and not stages[i].saves_input:
-                        machine.take(f"input {i}", bytes_at(stages[i].input, b))
-                if not stages[start].saves_input:
-                    machine.give_back(f"input {start}")
-                machine.give_back("arriving gradient")
-                machine.give_back("state to go back to")
-            for i in reversed(range(start, stop)):
-                machine.give_back(f"kept {i}")
-                during(stages[i].backward_later if m else stages[i].backward_first, besides=gradients())
+    def selective(i: int) -> SelectiveMemory:
+        found = stages[i].selective
+        assert found is not None
+        return found
+
+    def there_and_back(m: int, start: int, stop: int, around: Segments) -> None:
+        depth = len(around)
+        units = list(units_of(start, stop, placed.segments, around))
+        if around:
+            machine.take(f"state to go back to {depth}", memory.segment_bytes)
+            machine.take(f"arriving gradient {depth}", bytes_at(stages[stop - 1].carry, b))
+        for first, last, recomputed in units:
+            stage = stages[first]
+            if recomputed:
+                machine.take(f"state {first} {depth}", memory.segment_bytes)
+                for i in range(first, last):
+                    during(stages[i].dropped_first if i == first else stages[i].dropped)
+                    machine.take(f"left {i} {depth}", bytes_at(stages[i].dropped_hold, b))
+                    if i == first:
+                        machine.take(f"input {i} {depth}", bytes_at(stages[i].input, b))
+            elif first in placed.selective:
+                machine.take(f"state {first} {depth}", memory.segment_bytes)
+                during(selective(first).forward)
+                machine.take(f"left {first} {depth}", bytes_at(stage.dropped_hold, b))
+                machine.take(f"input {first} {depth}", bytes_at(stage.input, b))
+                machine.take(f"products {first}", bytes_at(selective(first).hold, b))
+            else:
+                single, begins, ends = start == first == stop - 1, first == start, first == stop - 1
+                during(
+                    stage.forward if not around
+                    else stage.rebuild_single if single
+                    else stage.rebuild_first if begins
+                    else stage.recompute if ends
+                    else stage.forward
+                )  # fmt: skip
+                machine.take(f"kept {first}", bytes_at(stage.hold, b))
+                if around and begins and not stage.saves_input:
+                    machine.take(f"tape {depth}", bytes_at(stage.input, b))
+        if around:
+            machine.live.pop(f"tape {depth}", None)
+            machine.give_back(f"arriving gradient {depth}")
+            machine.give_back(f"state to go back to {depth}")
+            machine.give_back(f"state {start} {depth - 1}")
+        for first, last, recomputed in reversed(units):
+            stage = stages[first]
+            if recomputed:
+                machine.give_back(f"input {first} {depth}")  # The first window counts it as its own.
+                there_and_back(m, first, last, (*around, (first, last)))
+            else:
+                if first in placed.selective:
+                    machine.give_back(f"input {first} {depth}")
+                    machine.give_back(f"products {first}")  # The second run counts them.
+                    machine.take("state to go back to", memory.segment_bytes)
+                    machine.take("arriving gradient", bytes_at(stage.carry, b))
+                    during(selective(first).rebuild)
+                    machine.give_back("arriving gradient")
+                    machine.give_back("state to go back to")
+                    machine.give_back(f"state {first} {depth}")
+                else:
+                    machine.give_back(f"kept {first}")
+                during(stage.backward_later if m else stage.backward_first, besides=gradients())
                 if not m:
-                    machine.take(f"gradient {i}", bytes_at(stages[i].gradient, b))
-            if start in stop_of:
-                for i in range(start, stop):
-                    machine.give_back(f"left {i}")
-                machine.give_back(f"state {start}")
+                    machine.take(f"gradient {first}", bytes_at(stage.gradient, b))
+            if recomputed or first in placed.selective:
+                for i in range(first, last):
+                    machine.give_back(f"left {i} {depth}")
+
+    for m in range(micro_batches):
+        there_and_back(m, 0, length, ())
     during(memory.optimizer, besides=gradients())
     return max(levels)

@@ -21,6 +21,7 @@ import profiler
 from planner.cli import main
 from planner.cost import memory_error
 from planner.energy import expected_error, step_joules
+from planner.nested import PLAIN
 from planner.plan import Plan, Weights
 from planner.search import optimize
 from planner.time import at_micro_batch, step_parts
@@ -28,7 +29,7 @@ from profiler import energy, records
 from profiler.energy import RaplCounter, Window, repeat, watts_beyond
 from profiler.profile_record import EnergyProfile, PhaseWatts, Precision, Profile
 from tests.models import mlp
-from tests.test_search import GLOBAL_BATCH, SEEDS, every_placement, random_profile, seconds_and_peak
+from tests.test_search import GLOBAL_BATCH, SEEDS, placements_of, random_profile, seconds_and_peak
 
 CPU = torch.device("cpu")
 RANGE_MICROJOULES = 262_143_328_850
@@ -216,10 +217,16 @@ def with_energy(profile: Profile, generator: random.Random) -> Profile:
 def every_plan(profile: Profile) -> Iterator[tuple[float, int, float]]:
     """``(seconds, peak, joules)`` of every plan of the global batch; the plain one at the largest micro-batch first."""
     assert profile.energy is not None
-    placements = sorted(every_placement([stage.recomputable for stage in profile.stages]), key=len)
-    for measured, b, segments in itertools.product(profile.precisions, (4, 2, 1), placements):
-        seconds, peak = seconds_and_peak(profile, measured, b, segments)
-        parts = step_parts(at_micro_batch(measured.wall, b), GLOBAL_BATCH // b, segments)
+    plans = (
+        (measured, b, placed)
+        for measured, b in itertools.product(profile.precisions, (4, 2, 1))
+        for placed in sorted(
+            placements_of(profile, measured.memory_at(b)), key=lambda placed: placed != PLAIN
+        )
+    )
+    for measured, b, placed in plans:
+        seconds, peak = seconds_and_peak(profile, measured, b, placed)
+        parts = step_parts(at_micro_batch(measured.wall, b), GLOBAL_BATCH // b, placed)
         watts = profile.energy.at(measured.precision)
         assert watts is not None
         joules = watts.forward_watts * (parts["forward"] + parts["recompute"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.memory import constant_bytes, optimizer_peak_bytes, peak_window, plan_units, timeline
-from planner.placement import Segments, Units, pareto
+from planner.nested import PLAIN, Placed, depths
+from planner.placement import Units, pareto
 from profiler.chain import Stage, discover, recomputable_stages
 from profiler.memory import MemoryTracer, upper_envelope
 from profiler.profile_record import (
@@ -19,12 +22,13 @@ from profiler.profile_record import (
     Curve,
     Precision,
     PrecisionMemory,
+    SelectiveMemory,
     StageMemory,
     bytes_at,
     peak_at,
 )
 from profiler.workload import Workload
-from studies.accuracy import random_segments
+from studies.accuracy import random_placed, selectable
 from studies.composition import (
     Setting,
     executed_peak_bytes,
@@ -55,14 +59,18 @@ def curves(name: str, precision: Precision, at_one: bool = False) -> PrecisionMe
     return traced(name)[2].memory(precision, (1, 1) if at_one else (2, 16))
 
 
+def settings_of(name: str, batch_sizes: Sequence[int], count: int, seed: int) -> Iterator[Setting]:
+    return random_settings(traced(name)[1], functools.partial(curves, name), batch_sizes, count, seed)
+
+
 def test_every_plan_of_a_plain_mlp_is_predicted_within_a_few_numbers() -> None:
-    for setting in random_settings(traced("mlp")[1], (2, 3, 7, 16), 16, seed=1):
+    for setting in settings_of("mlp", (2, 3, 7, 16), 16, seed=1):
         predicted = predicted_peak_bytes(curves("mlp", setting.precision), setting)
         assert -SLACK_BYTES <= executed("mlp", setting) - predicted <= LOSS_BYTES
 
 
 def test_every_plan_with_dropout_in_the_glue_is_predicted_within_a_few_numbers() -> None:
-    for setting in random_settings(traced("dropout_net")[1], BATCH_SIZES, 12, seed=2):
+    for setting in settings_of("dropout_net", BATCH_SIZES, 12, seed=2):
         predicted = predicted_peak_bytes(
             curves("dropout_net", setting.precision, setting.micro_batch_size == 1), setting
         )
@@ -76,7 +84,7 @@ def test_the_plain_plan_is_predicted_to_the_byte(
     name: str, precision: Precision, micro_batch_size: int
 ) -> None:
     setting = Setting(
-        segments=(), micro_batch_size=micro_batch_size, gradient_accumulation_steps=2, precision=precision
+        placed=PLAIN, micro_batch_size=micro_batch_size, gradient_accumulation_steps=2, precision=precision
     )
     predicted = predicted_peak_bytes(curves(name, precision, micro_batch_size == 1), setting)
     assert 0 <= executed(name, setting) - predicted <= SCALARS_BYTES
@@ -85,20 +93,22 @@ def test_the_plain_plan_is_predicted_to_the_byte(
 SLACK_BYTES = 1536
 """Replays keep copies of batch norm's statistics: a few numbers per channel, which only such small models notice."""
 
-LEFTOVERS = 0.015
+LEFTOVERS = 0.02
 """Inside a segment a rebuilt stage is charged with what the forward pass's local variables still held at that point,
 which a replay may have let go of: too much, never too little, and visible only in models as small as these."""
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_random_plans_are_never_predicted_below_what_a_real_step_needs_nor_far_above(name: str) -> None:
-    for setting in random_settings(traced(name)[1], BATCH_SIZES, 8, seed=3):
+    for setting in settings_of(name, BATCH_SIZES, 8, seed=3):
         predicted = predicted_peak_bytes(
             curves(name, setting.precision, setting.micro_batch_size == 1), setting
         )
         real = executed(name, setting)
         assert predicted >= real * (1 - 0.005) - SLACK_BYTES, setting
-        assert predicted <= real * (1 + (LEFTOVERS if setting.segments else 0.002)) + SLACK_BYTES, setting
+        assert predicted <= real * (1 + (0.002 if setting.placed == PLAIN else LEFTOVERS)) + SLACK_BYTES, (
+            setting
+        )
 
 
 def executed(name: str, setting: Setting) -> int:
@@ -109,7 +119,7 @@ def executed(name: str, setting: Setting) -> int:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("size", [2, 5])
 def test_curves_say_of_a_plain_step_what_reading_its_trace_says(precision: Precision, size: int) -> None:
-    setting = Setting(segments=(), micro_batch_size=size, gradient_accumulation_steps=2, precision=precision)
+    setting = Setting(placed=PLAIN, micro_batch_size=size, gradient_accumulation_steps=2, precision=precision)
     read = traced("gpt2")[2].plain_peak_bytes(precision, size)
     assert read - predicted_peak_bytes(curves("gpt2", precision), setting) in (0, LOSS_BYTES)
 
@@ -136,6 +146,10 @@ def test_constant_bytes_are_parameters_their_adam_state_buffers_and_batches() ->
 sizes = st.integers(0, 40)
 
 
+def whole(affine: AffineBytes) -> AffineBytes:
+    return float(round(affine[0])), float(round(affine[1]))
+
+
 @st.composite
 def memories(draw: st.DrawFn, longest: int = 6) -> PrecisionMemory:
     def affine() -> AffineBytes:
@@ -150,6 +164,10 @@ def memories(draw: st.DrawFn, longest: int = 6) -> PrecisionMemory:
             carry=affine(), gradient=(float(draw(sizes)), 0.0), forward=curve(), recompute=curve(),
             rebuild_first=curve(), rebuild_single=curve(),
             dropped=curve(), dropped_first=curve(), backward_first=curve(), backward_later=curve(),
+            selective=draw(st.none() | st.builds(
+                SelectiveMemory, hold=st.tuples(st.floats(0, 40), st.floats(0, 40)).map(whole),
+                forward=st.just(curve()), rebuild=st.just(curve()),
+            )),
         )  # fmt: skip
 
     return PrecisionMemory(
@@ -173,6 +191,7 @@ def units_of(memory: PrecisionMemory, b: int, k: int, cost: np.ndarray | None = 
         keep_cost=np.zeros(length, dtype=np.int64),
         segment_cost=np.zeros((length, length + 1), dtype=np.int64) if cost is None else cost,
         recomputable=inner(length),
+        selective_cost={stage: stage + 1 for stage in range(length)},
     )
 
 
@@ -180,24 +199,31 @@ def inner(length: int) -> np.ndarray:
     return np.array(recomputable_stages([Stage(name=str(i), entry=str(i)) for i in range(length)]))
 
 
-def peak_of_units(units: Units, segments: Segments) -> int:
+def peak_of_units(units: Units, placed: Placed) -> int:
     """The highest of what the units before hold and one needs, unit by unit."""
-    stops, peak, held, i = dict(segments), 0, 0, 0
+    options = {option.stage: option for option in units.options}
+    stops, peak, held, i = dict(placed.segments), 0, 0, 0
     while i < len(units.keep_need):
         j = stops.get(i)
         need, hold = (
-            (units.keep_need[i], units.keep_hold[i]) if j is None else (units.need[i, j], units.hold[i, j])
-        )
+            (options[i].need, options[i].hold) if i in placed.selective
+            else (units.keep_need[i], units.keep_hold[i]) if j is None
+            else (units.need[i, j], units.hold[i, j])
+        )  # fmt: skip
         peak = max(peak, held + int(need))
         held += int(hold)
         i = i + 1 if j is None else j
     return peak
 
 
-def peak_of_timeline(memory: PrecisionMemory, segments: Segments, b: int, k: int) -> int:
-    windows = timeline(
-        memory, segments, micro_batch_size=b, gradient_accumulation_steps=k, resident_batches=k
-    )
+def one_level(memory: PrecisionMemory, generator: random.Random) -> Placed:
+    placed = random_placed(inner(len(memory.stages)).tolist(), selectable(memory), generator)
+    segments = zip(placed.segments, depths(placed.segments), strict=True)
+    return replace(placed, segments=tuple(segment for segment, depth in segments if depth == 0))
+
+
+def peak_of_timeline(memory: PrecisionMemory, placed: Placed, b: int, k: int) -> int:
+    windows = timeline(memory, placed, micro_batch_size=b, gradient_accumulation_steps=k, resident_batches=k)
     return peak_window(w for w in windows if w.phase != "optimizer").total_bytes
 
 
@@ -206,8 +232,8 @@ def peak_of_timeline(memory: PrecisionMemory, segments: Segments, b: int, k: int
 def test_units_need_and_hold_what_the_timeline_says(
     memory: PrecisionMemory, b: int, k: int, seed: int
 ) -> None:
-    segments = random_segments(inner(len(memory.stages)).tolist(), random.Random(seed))
-    assert peak_of_units(units_of(memory, b, k), segments) == peak_of_timeline(memory, segments, b, k)
+    placed = one_level(memory, random.Random(seed))
+    assert peak_of_units(units_of(memory, b, k), placed) == peak_of_timeline(memory, placed, b, k)
 
 
 @given(memories(), st.integers(1, 4), st.integers(1, 2), st.randoms(use_true_random=False))
@@ -217,11 +243,14 @@ def test_every_point_of_the_frontier_has_the_peak_of_its_own_timeline(
 ) -> None:
     length = len(memory.stages)
     cost = np.array([[generator.randint(0, 9) for _ in range(length + 1)] for _ in range(length)])
-    frontier = pareto(units_of(memory, b, k, cost))
+    units = units_of(memory, b, k, cost)
+    frontier = pareto(units)
     for index, (peak, time) in enumerate(frontier.points):
-        segments = frontier.segments(index)
-        assert peak == peak_of_timeline(memory, segments, b, k)
-        assert time == sum(cost[start, stop] for start, stop in segments)
+        taken = [units.options[number] for number in frontier.options(index)]
+        placed = Placed(segments=frontier.segments(index), selective=tuple(o.stage for o in taken))
+        assert peak == peak_of_timeline(memory, placed, b, k)
+        recomputed = sum(cost[start, stop] for start, stop in placed.segments)
+        assert time == recomputed + sum(option.cost for option in taken)
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
@@ -230,8 +259,8 @@ def test_units_of_real_curves_agree_with_the_timeline(name: str, precision: Prec
     memory, generator = curves(name, precision), random.Random(4)
     for _ in range(40):
         b, k = generator.choice(BATCH_SIZES), generator.choice((1, 2, 3))
-        segments = random_segments(inner(len(memory.stages)).tolist(), generator)
-        assert peak_of_units(units_of(memory, b, k), segments) == peak_of_timeline(memory, segments, b, k)
+        placed = one_level(memory, generator)
+        assert peak_of_units(units_of(memory, b, k), placed) == peak_of_timeline(memory, placed, b, k)
 
 
 def one_stage_each(**changes: Curve | AffineBytes | bool) -> StageMemory:
@@ -267,7 +296,11 @@ def test_windows_of_a_plan_worked_out_by_hand() -> None:
     )  # fmt: skip
     constant = 100 + 200 + 2
     windows = timeline(
-        memory, ((1, 2),), micro_batch_size=2, gradient_accumulation_steps=1, resident_batches=1
+        memory,
+        Placed(segments=((1, 2),)),
+        micro_batch_size=2,
+        gradient_accumulation_steps=1,
+        resident_batches=1,
     )
     assert [(w.phase, w.stage, w.total_bytes - constant) for w in windows] == [
         ("forward", 0, 12),

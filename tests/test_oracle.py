@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.memory import optimizer_peak_bytes, peak_window, plan_units, timeline
-from planner.placement import Segments, pareto
+from planner.nested import PLAIN, Placed, Segments
+from planner.placement import pareto
 from profiler.profile_record import PrecisionMemory
-from studies.composition import random_settings
 from tests.models import ZOO
 from tests.oracle import HandMade, Layer, Step, walk, windows_of
-from tests.test_memory import LEFTOVERS, LOSS_BYTES, SLACK_BYTES, curves, executed, memories, traced
+from tests.test_memory import LEFTOVERS, LOSS_BYTES, SLACK_BYTES, curves, executed, memories, settings_of
 
 sizes = st.integers(0, 100)
 
@@ -44,20 +44,31 @@ def chains(draw: st.DrawFn, longest: int = 6) -> HandMade:
 
 
 @st.composite
-def segmentations(draw: st.DrawFn, length: int) -> Segments:
-    """Disjoint segments of a chain of this length, which may touch."""
-    segments, start = [], 0
-    while start < length:
-        stop = start + draw(st.integers(1, length - start))
+def segmentations(draw: st.DrawFn, start: int, stop: int) -> Segments:
+    """Segments of stages [start, stop), which may touch, with others inside that end before they do."""
+    segments: list[tuple[int, int]] = []
+    while start < stop:
+        end = start + draw(st.integers(1, stop - start))
         if draw(st.booleans()):
-            segments.append((start, stop))
-        start = stop
+            segments += [(start, end), *draw(segmentations(start, end - 1))]
+        start = end
     return tuple(segments)
 
 
-def composed(memory: PrecisionMemory, segments: Segments, b: int, k: int) -> int:
+@st.composite
+def placements(draw: st.DrawFn, memory: PrecisionMemory) -> Placed:
+    """Segments, and stages outside of them that keep their products."""
+    segments = draw(segmentations(0, len(memory.stages)))
+    recomputed = {stage for start, stop in segments for stage in range(start, stop)}
+    possible = [
+        i for i, stage in enumerate(memory.stages) if i not in recomputed and stage.selective is not None
+    ]
+    return Placed(segments=segments, selective=tuple(i for i in possible if draw(st.booleans())))
+
+
+def composed(memory: PrecisionMemory, placed: Placed, b: int, k: int) -> int:
     return peak_window(
-        timeline(memory, segments, micro_batch_size=b, gradient_accumulation_steps=k, resident_batches=k)
+        timeline(memory, placed, micro_batch_size=b, gradient_accumulation_steps=k, resident_batches=k)
     ).total_bytes
 
 
@@ -66,8 +77,8 @@ def composed(memory: PrecisionMemory, segments: Segments, b: int, k: int) -> int
 def test_a_peak_composed_of_single_windows_is_that_of_the_whole_step_run_tensor_by_tensor(
     data: st.DataObject, chain: HandMade, k: int
 ) -> None:
-    segments = data.draw(segmentations(len(chain.layers)))
-    assert composed(windows_of(chain), segments, 1, k) == Step(chain).run(segments, k)
+    segments = data.draw(segmentations(0, len(chain.layers)))
+    assert composed(windows_of(chain), Placed(segments=segments), 1, k) == Step(chain).run(segments, k)
 
 
 def test_plain_layers_behind_a_segment_are_gone_before_it_is_rebuilt() -> None:
@@ -84,8 +95,8 @@ def test_plain_layers_behind_a_segment_are_gone_before_it_is_rebuilt() -> None:
         Step(chain).run(((0, 1),), 1) == 1 + 1 + 100 + 1 + 1
     )  # x 0, x 1, saved, x 2 and dx 2 or dx 2 and dx 1
     assert Step(chain).run((), 1) == 1 + 100 + 1 + 100 + 1 + 1
-    assert composed(windows_of(chain), ((0, 1),), 1, 1) == 104
-    assert composed(windows_of(chain), (), 1, 1) == 204
+    assert composed(windows_of(chain), Placed(segments=((0, 1),)), 1, 1) == 104
+    assert composed(windows_of(chain), PLAIN, 1, 1) == 204
 
 
 @given(st.data(), memories(), st.integers(1, 8), st.integers(1, 3))
@@ -93,8 +104,8 @@ def test_plain_layers_behind_a_segment_are_gone_before_it_is_rebuilt() -> None:
 def test_any_curves_whatever_compose_as_they_are_walked(
     data: st.DataObject, memory: PrecisionMemory, b: int, k: int
 ) -> None:
-    segments = data.draw(segmentations(len(memory.stages)))
-    assert composed(memory, segments, b, k) == walk(memory, segments, micro_batch_size=b, micro_batches=k)
+    placed = data.draw(placements(memory))
+    assert composed(memory, placed, b, k) == walk(memory, placed, micro_batch_size=b, micro_batches=k)
 
 
 @given(chains(longest=5), st.integers(1, 2), st.randoms(use_true_random=False))
@@ -121,11 +132,11 @@ def test_every_point_of_the_frontier_peaks_where_it_says_when_it_is_run(
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_walking_a_real_models_curves_peaks_where_its_real_steps_do(name: str) -> None:
     """An mlp to the byte; for the others see tests/test_memory.py for what may be over."""
-    for drawn in random_settings(traced(name)[1], (2, 3, 7), 3, seed=5):
+    for drawn in settings_of(name, (2, 3, 7), 3, seed=5):
         setting = dataclasses.replace(drawn, precision="fp32")
         walked = walk(
             curves(name, "fp32"),
-            setting.segments,
+            setting.placed,
             micro_batch_size=setting.micro_batch_size,
             micro_batches=setting.gradient_accumulation_steps,
         )

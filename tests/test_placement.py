@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner import nested
+from planner import placement as placement_module
 from planner.placement import (
     Chain,
     Units,
@@ -130,6 +132,20 @@ def every_plan(length: int, start: int = 0) -> Iterator[list[tuple[int, int, boo
             yield [(start, stop, True), *rest]
             if stop == start + 1:
                 yield [(start, stop, False), *rest]
+
+
+def every_nested_plan(length: int, start: int, stop: int) -> Iterator[list[tuple[str, int]]]:
+    """The grammar of nested plans, read literally: the operations of every way to work off [start, stop)."""
+    if start == stop:
+        yield [("Loss", length)] if stop == length else []
+        return
+    for rest in every_nested_plan(length, start + 1, stop):
+        yield [("Fe", start), *rest, ("B", start)]
+    for middle in range(start + 1, stop):
+        dropping = [("Fc", start), *[("Fn", k) for k in range(start + 1, middle)]]
+        for rest in every_nested_plan(length, middle, stop):
+            for again in every_nested_plan(length, start, middle):
+                yield [*dropping, *rest, *again]
 
 
 def best_of(points: Iterable[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
@@ -308,6 +324,94 @@ def test_every_published_budget_gets_its_optimum_and_a_schedule_that_keeps_to_it
             assert list(placement.schedule) == operations(plan_of(len(chain.forward), placement.segments))
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_nested_frontier_equals_the_published_one(name: str) -> None:
+    assert frontier(published_chain(name), nested=True) == tuple(
+        map(tuple, PUBLISHED[name]["nested_frontier"])
+    )
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED.keys() - {"rand200"}))
+def test_every_point_of_the_nested_frontier_executes_to_its_peak_and_cost(name: str) -> None:
+    chain = published_chain(name)
+    for point in frontier(chain, nested=True):
+        placement = place(chain, point[0], nested=True)
+        assert placement is not None
+        assert (placement.peak, placement.cost) == point == execute(chain, placement.schedule)
+
+
+def test_a_deep_plan_of_two_hundred_stages_executes_to_its_peak_and_cost() -> None:
+    chain = published_chain("rand200")
+    tightest = place(chain, PUBLISHED["rand200"]["min_M_nested"], nested=True)
+    assert tightest is not None
+    assert execute(chain, tightest.schedule) == (tightest.peak, tightest.cost)
+    assert place(chain, PUBLISHED["rand200"]["min_M_nested"] - 1, nested=True) is None
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_budget_gets_its_nested_optimum(name: str) -> None:
+    points = frontier(published_chain(name), nested=True)
+    for budget in PUBLISHED[name]["budgets"]:
+        fitting = [cost for peak, cost in points if peak <= budget["M"]]
+        assert (fitting[-1] if fitting else None) == budget["nested_opt"]
+
+
+@pytest.mark.parametrize("name", ["rand16", "homog32", "resnet50_b32_fp32"])
+def test_sizes_without_a_common_unit_have_the_same_nested_plans(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nested, "MOST_SLOTS", 0)
+    chain = published_chain(name)
+    assert frontier(chain, nested=True) == tuple(map(tuple, PUBLISHED[name]["nested_frontier"]))
+    for point in frontier(chain, nested=True)[::4]:
+        placement = place(chain, point[0], nested=True)
+        assert placement is not None
+        assert execute(chain, placement.schedule) == point
+
+
+def test_long_chains_have_the_same_single_level_frontier_with_and_without_a_common_unit() -> None:
+    stages = [stage % 7 for stage in range(placement_module.COMPILED_FROM_STAGES)]
+    chain = Chain(
+        forward=tuple(3 + stage for stage in stages),
+        backward=tuple(5 + stage for stage in stages),
+        input=(*(1 + stage % 3 for stage in stages), 2),
+        kept=tuple(4 + stage for stage in stages),
+        forward_transient=tuple(stage % 2 for stage in stages),
+        backward_transient=tuple(stage % 4 for stage in stages),
+    )
+    assert frontier(chain) == pareto(chain_units(chain)).points
+    for peak, cost in frontier(chain):
+        placement = place(chain, peak)
+        assert placement is not None
+        assert (placement.peak, placement.cost) == (peak, cost) == execute(chain, placement.schedule)
+        assert list(placement.schedule) == operations(plan_of(len(stages), placement.segments))
+
+
+@settings(max_examples=1000)
+@given(chains(st.integers(0, 9)), st.booleans())
+def test_the_nested_frontier_is_the_best_of_all_nested_plans(chain: Chain, in_steps: bool) -> None:
+    length = len(chain.forward)
+    best = best_of(execute(chain, plan) for plan in every_nested_plan(length, 0, length))
+    with pytest.MonkeyPatch.context() as patch:
+        if in_steps:
+            patch.setattr(nested, "MOST_SLOTS", 0)
+        assert frontier(chain, nested=True) == best
+
+
+@given(chains(st.floats(0, 1)))
+def test_no_nested_plan_of_floats_beats_the_frontier_by_more_than_rounding(chain: Chain) -> None:
+    length = len(chain.forward)
+    found = frontier(chain, nested=True)
+    for plan in every_nested_plan(length, 0, length):
+        peak, cost = execute(chain, plan)
+        assert any(p <= peak + 1e-13 and c <= cost + 1e-13 for p, c in found)
+    for p, c in found:
+        placement = place(chain, p, nested=True)
+        assert placement is not None
+        assert execute(chain, placement.schedule) == pytest.approx((p, c), rel=1e-13, abs=1e-13)
+
+
+@settings(max_examples=1000)
 @given(chains(st.integers(0, 9)))
 def test_the_frontier_is_the_best_of_all_plans(chain: Chain) -> None:
     plans = every_plan(len(chain.forward))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from executor.recompute import Checkpoints, SegmentError, Stretch
-from planner.placement import Segments
+from planner.nested import Placed, Segments
 from profiler.chain import Call, discover
 from profiler.live import LiveStorages
 from profiler.profile_record import Precision
@@ -31,7 +31,12 @@ def stretch(enter: str, leave: str | None) -> Stretch:
 
 
 def apply(workload: Workload, segments: Segments) -> Checkpoints:
-    return Checkpoints(workload.model, stretches(discover(workload), segments))
+    return Checkpoints(workload.model, stretches(discover(workload), Placed(segments=segments)))
+
+
+def levels(segments: Segments) -> list[int]:
+    """How many segments each lies in, itself included: so often it runs without being kept."""
+    return [sum(a <= start and stop <= b for a, b in segments) for start, stop in segments]
 
 
 def trained(
@@ -53,7 +58,7 @@ def trained(
     torch.manual_seed(7)
     batches = [workload.batch(3) for _ in range(k)]
     losses = [stepper.step(batches, k) for _ in range(steps)]
-    assert checkpoints.counts == [[steps * k, steps * k] for _ in segments]
+    assert checkpoints.counts == [[steps * k * dropped, steps * k] for dropped in levels(segments)]
     checkpoints.remove()
     return losses, gradients, workload.model.state_dict()
 
@@ -352,7 +357,7 @@ def test_nothing_waits_for_the_garbage_collector() -> None:
 def test_a_graph_can_be_walked_twice_when_it_is_retained() -> None:
     workload = dropout_net()
     segmented = copy.deepcopy(workload.model)
-    Checkpoints(segmented, stretches(discover(workload), ((1, 4),)))
+    Checkpoints(segmented, stretches(discover(workload), Placed(segments=((1, 4),))))
     batch = workload.batch(3)
     for model in (workload.model, segmented):
         torch.manual_seed(3)
@@ -365,7 +370,7 @@ def test_a_graph_can_be_walked_twice_when_it_is_retained() -> None:
 def test_two_forward_passes_may_be_open_at_once() -> None:
     workload = dropout_net()
     segmented = copy.deepcopy(workload.model)
-    Checkpoints(segmented, stretches(discover(workload), ((1, 3), (3, 5))))
+    Checkpoints(segmented, stretches(discover(workload), Placed(segments=((1, 3), (3, 5)))))
     batches = [workload.batch(3), workload.batch(2)]
     for model in (workload.model, segmented):
         torch.manual_seed(3)
@@ -434,3 +439,95 @@ def test_functional_dropout_between_modules_is_part_of_the_recording() -> None:
         torch.manual_seed(1)
         each(x).sum().backward()
     assert_same_gradients(plain, model)
+
+
+# Deeper and deeper segments of the GPT-2 of three blocks, each before those inside of it.
+NESTED: dict[str, Segments] = {
+    "the first half again in two": ((1, 9), (1, 5), (5, 7)),
+    "three levels from one start": ((1, 9), (1, 6), (1, 3)),
+    "three levels with gaps": ((2, 8), (3, 7), (4, 6)),
+    "beside each other": ((1, 5), (2, 4), (5, 8), (6, 7)),
+}
+
+
+def runs_forward(length: int, segments: Segments) -> list[int]:
+    """How often each stage runs forward: once, and once more for each segment around it."""
+    return [1 + sum(start <= stage < stop for start, stop in segments) for stage in range(length)]
+
+
+@pytest.mark.parametrize("segments", NESTED.values(), ids=NESTED.keys())
+def test_segments_inside_segments_leave_losses_gradients_and_weights_equal_to_the_bit(
+    segments: Segments,
+) -> None:
+    assert_same_bits(gpt2(layers=3), segments)
+
+
+def test_nested_segments_in_a_cnn_update_batch_norms_statistics_once() -> None:
+    assert_same_bits(cnn(), ((1, 5), (1, 3)))
+
+
+@pytest.mark.parametrize("segments", NESTED.values(), ids=NESTED.keys())
+def test_every_stage_runs_forward_once_for_each_segment_around_it_and_once_more(segments: Segments) -> None:
+    """What a replay calls anew is the modules within a block: a segment may begin or end in its middle."""
+    workload = gpt2(layers=3)
+    checkpoints = apply(workload, segments)
+    entered = [0] * 6
+    halves = [half for block in workload.model.transformer.h for half in (block.attn, block.mlp)]
+    for i, half in enumerate(halves):
+
+        def count(*_: object, i: int = i) -> None:
+            entered[i] += 1
+
+        half.register_forward_pre_hook(count)
+    workload.loss(workload.model, workload.batch(2)).backward()
+    assert entered == runs_forward(10, segments)[2:8]
+    assert checkpoints.counts == [[dropped, 1] for dropped in levels(segments)]
+
+
+def test_a_segment_inside_saves_memory_that_one_level_cannot() -> None:
+    workload = gpt2(layers=3)
+    assert peak_bytes(workload, ((1, 9), (1, 5))) < 0.8 * peak_bytes(workload, ((1, 9),))
+
+
+def test_a_segment_inside_may_end_with_the_one_around_it() -> None:
+    workload = gpt2(layers=3)
+    torch.manual_seed(5)
+    batch = workload.batch(2)
+    gradients = []
+    for segments in ((), ((2, 8), (5, 8))):
+        checkpoints = apply(workload, segments)
+        torch.manual_seed(6)
+        workload.model.zero_grad()
+        workload.loss(workload.model, batch).backward()
+        checkpoints.remove()
+        gradients.append([p.grad.clone() for p in workload.model.parameters() if p.grad is not None])
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("stages", [(4,), (2, 3, 4, 5, 6, 7), (5, 6)])
+def test_a_selective_segment_is_equal_to_the_bit_and_keeps_its_products(stages: tuple[int, ...]) -> None:
+    workload = gpt2(layers=3)
+    model = workload.model
+    batch = workload.batch(3)
+    entries = [Call.parse(stage.entry) for stage in discover(workload)]
+
+    def gradients() -> tuple[list[torch.Tensor], Counter[int]]:
+        torch.manual_seed(3)
+        model.zero_grad()
+        with Products() as forward:
+            loss = workload.loss(model, batch)
+        with Products() as backward:
+            loss.backward()
+        return [
+            p.grad.clone() for p in model.parameters() if p.grad is not None
+        ], forward.count + backward.count
+
+    plain, products = gradients()
+    checkpoints = Checkpoints(
+        model, [Stretch(entries[stage], entries[stage + 1], selective=True) for stage in stages]
+    )
+    same, same_products = gradients()
+    assert all(map(torch.equal, plain, same))
+    assert len(plain) == len(same) > 0
+    assert same_products == products
+    assert checkpoints.counts == [[1, 1]] * len(stages)

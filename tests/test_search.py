@@ -6,14 +6,15 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
 
-from planner.cost import COMPOSITION_ERROR, checked_peak_bytes, index_segments, memory_error
+from planner.cost import COMPOSITION_ERROR, checked_peak_bytes, index_segments, memory_error, name_segments
 from planner.memory import peak_window, timeline
-from planner.placement import Segments
+from planner.nested import PLAIN, Placed, Segments
 from planner.plan import NoFeasiblePlan, Plan, Weights
 from planner.search import PrecisionNotProfiled, blocks, optimize
 from planner.time import at_micro_batch, step_parts
@@ -27,6 +28,7 @@ from profiler.profile_record import (
     PrecisionProfile,
     Profile,
     ProfileCost,
+    SelectiveMemory,
     StageMemory,
     StageRecord,
     StageTime,
@@ -46,6 +48,13 @@ def random_profile(seed: int, *, share_predicted: float = 1.0) -> Profile:
     def affine() -> AffineBytes:
         return float(generator.randint(0, 30)), float(generator.randint(0, 30))
 
+    def selective_memory() -> SelectiveMemory | None:
+        if generator.random() < 0.3:
+            return None
+        return SelectiveMemory(
+            hold=(0.0, float(generator.randint(0, 9))), forward=(affine(),), rebuild=(affine(),)
+        )
+
     def stage_memory() -> StageMemory:
         own = {
             name: tuple(affine() for _ in range(2))
@@ -63,7 +72,7 @@ def random_profile(seed: int, *, share_predicted: float = 1.0) -> Profile:
         return StageMemory(
             input=(0.0, float(generator.randint(1, 5))), saves_input=generator.random() < 0.5, hold=affine(),
             dropped_hold=(0.0, float(generator.randint(0, 2))), carry=affine(),
-            gradient=(float(generator.randint(0, 9)), 0.0), **own,
+            gradient=(float(generator.randint(0, 9)), 0.0), selective=selective_memory(), **own,
         )  # fmt: skip
 
     def memory() -> PrecisionMemory:
@@ -80,7 +89,8 @@ def random_profile(seed: int, *, share_predicted: float = 1.0) -> Profile:
             stages.append(
                 StageTime(
                     forward_seconds=forward,
-                    recompute_seconds=generator.randint(0, forward),
+                    recompute_seconds=(recompute := generator.randint(0, forward)),
+                    kept_seconds=generator.randint(0, recompute),
                     backward_first_seconds=2 * forward,
                     backward_later_seconds=2 * forward,
                 )
@@ -127,34 +137,44 @@ def random_profile(seed: int, *, share_predicted: float = 1.0) -> Profile:
     return msgspec.structs.replace(profile, memory_check=check)
 
 
-def every_placement(recomputable: list[bool], start: int = 0) -> Iterator[Segments]:
+def every_placement(recomputable: list[bool], selective: list[bool], start: int = 0) -> Iterator[Placed]:
+    """Every single-level one: each stage kept, kept selectively where it can be, or in a segment."""
     if start == len(recomputable):
-        yield ()
+        yield PLAIN
         return
-    yield from every_placement(recomputable, start + 1)
+    for rest in every_placement(recomputable, selective, start + 1):
+        yield rest
+        if recomputable[start] and selective[start]:
+            yield replace(rest, selective=(start, *rest.selective))
     for stop in range(start + 1, len(recomputable) + 1):
         if not recomputable[stop - 1]:
             return
-        yield from (((start, stop), *rest) for rest in every_placement(recomputable, stop))
+        for rest in every_placement(recomputable, selective, stop):
+            yield replace(rest, segments=((start, stop), *rest.segments))
+
+
+def placements_of(profile: Profile, memory: PrecisionMemory) -> list[Placed]:
+    selective = [stage.selective is not None for stage in memory.stages]
+    return list(every_placement([stage.recomputable for stage in profile.stages], selective))
 
 
 def every_plan(profile: Profile) -> list[tuple[float, int]]:
     """(step_seconds, peak_bytes) of every plan of the global batch."""
-    placements = list(every_placement([stage.recomputable for stage in profile.stages]))
     return [
-        seconds_and_peak(profile, measured, b, segments)
-        for measured, b, segments in itertools.product(profile.precisions, (1, 2, 4), placements)
+        seconds_and_peak(profile, measured, b, placed)
+        for measured, b in itertools.product(profile.precisions, (1, 2, 4))
+        for placed in placements_of(profile, measured.memory_at(b))
     ]
 
 
 def seconds_and_peak(
-    profile: Profile, measured: PrecisionProfile, b: int, segments: Segments
+    profile: Profile, measured: PrecisionProfile, b: int, placed: Placed
 ) -> tuple[float, int]:
     k = GLOBAL_BATCH // b
     windows = timeline(
-        measured.memory_at(b), segments, micro_batch_size=b, gradient_accumulation_steps=k, resident_batches=k
+        measured.memory_at(b), placed, micro_batch_size=b, gradient_accumulation_steps=k, resident_batches=k
     )
-    seconds = sum(step_parts(at_micro_batch(measured.wall, b), k, segments).values())
+    seconds = sum(step_parts(at_micro_batch(measured.wall, b), k, placed).values())
     return seconds, peak_window(windows).total_bytes
 
 
@@ -165,7 +185,7 @@ def test_the_search_finds_what_brute_force_finds(seed: int) -> None:
     plans = every_plan(profile)
     peaks = sorted({peak for _, peak in plans})
     margin = 1 + memory_error(profile)
-    plain = seconds_and_peak(profile, profile.precisions[0], 4, ())
+    plain = seconds_and_peak(profile, profile.precisions[0], 4, PLAIN)
     for peak in (peaks[0], peaks[len(peaks) // 3], peaks[len(peaks) // 2], peaks[-1]):
         for weights in WEIGHTS:
             plan = optimize(profile, GLOBAL_BATCH, math.ceil(peak * margin), weights)
@@ -242,12 +262,16 @@ def test_a_plan_that_does_not_make_its_global_batch_cannot_be_built() -> None:
 
 
 def test_segments_are_named_by_their_stages_and_by_the_module_calls_around_them() -> None:
-    profile = random_profile(8)
-    plan = optimize(profile, GLOBAL_BATCH, weights=Weights(time=0.0, memory=1.0))
-    assert plan.checkpoint
-    for segment, (start, stop) in zip(plan.checkpoint, index_segments(profile, plan.checkpoint), strict=True):
-        assert (segment.first, segment.last) == (f"h.{start}", f"h.{stop - 1}")
-        assert (segment.enter, segment.leave) == (f"h.{start}", f"h.{stop}")
+    """Stages 1 to 3, of which 2 and 3 within, then 4 by itself with its products kept."""
+    profile = next(p for p in map(random_profile, SEEDS) if len(p.stages) == 6)
+    placed = Placed(segments=((1, 4), (2, 4)), selective=(4,))
+    named = name_segments(profile, placed)
+    assert [(s.first, s.last, s.enter, s.leave, s.mode, s.depth) for s in named] == [
+        ("h.1", "h.3", "h.1", "h.4", "recompute", 0),
+        ("h.2", "h.3", "h.2", "h.4", "recompute", 1),
+        ("h.4", "h.4", "h.4", "h.5", "selective", 0),
+    ]
+    assert index_segments(profile, named) == placed
 
 
 def test_baselines_are_the_largest_micro_batch_with_nothing_every_block_and_every_sqrt_block() -> None:
@@ -263,8 +287,9 @@ def test_baselines_are_the_largest_micro_batch_with_nothing_every_block_and_ever
     }  # fmt: skip
     for name, segments in expected.items():
         choice = getattr(baselines, name)
-        seconds, peak = seconds_and_peak(profile, profile.precisions[0], 4, segments)
-        assert index_segments(profile, choice.checkpoint) == segments
+        placed = Placed(segments=segments)
+        seconds, peak = seconds_and_peak(profile, profile.precisions[0], 4, placed)
+        assert index_segments(profile, choice.checkpoint) == placed
         assert (choice.micro_batch_size, choice.gradient_accumulation_steps, choice.precision) == (
             4,
             2,

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from planner.nested import PLAIN, Placed
 from planner.time import (
     RECOMPUTE_ERROR,
     at_micro_batch,
@@ -43,7 +44,7 @@ TIMES = step(stage(1, 0.5, 2, 3), stage(4, 3, 8, 9), stage(2, 1, 4, 5))
 
 def test_a_step_is_the_sum_of_its_parts() -> None:
     """k = 3: forward 3 * 7; backward 14 + 2 * 17; the update once; host time three times."""
-    assert step_parts(TIMES, 3, ()) == {
+    assert step_parts(TIMES, 3, PLAIN) == {
         "forward": 21,
         "backward": 48,
         "recompute": 0,
@@ -54,7 +55,7 @@ def test_a_step_is_the_sum_of_its_parts() -> None:
 
 def test_recomputation_is_paid_in_every_micro_batch() -> None:
     """Stages 0 and 1 as one segment: 1 + 3; stage 2 alone: 1; twice."""
-    assert step_parts(TIMES, 2, ((0, 2), (2, 3)))["recompute"] == 2 * (4 + 1)
+    assert step_parts(TIMES, 2, Placed(segments=((0, 2), (2, 3))))["recompute"] == 2 * (4 + 1)
 
 
 def test_a_segment_stops_at_the_last_saved_tensor_of_its_last_stage() -> None:

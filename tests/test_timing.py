@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 import planner
 import profiler
 from planner.cost import checked_peak_bytes
+from planner.nested import PLAIN
 from planner.search import PrecisionNotProfiled
 from planner.time import step_parts
 from profiler import device as devices
@@ -60,7 +61,7 @@ def test_a_stage_that_naps_is_timed_as_napping_and_the_windows_make_up_the_step(
     forward = [stage.forward_seconds for stage in timing.wall.stages]
     for seconds, nap in zip(forward, (0.01, 0.05, 0.02), strict=True):
         assert nap <= seconds < nap + 0.03
-    assert sum(step_parts(timing.wall, 2, ()).values()) == pytest.approx(timing.wall.step_seconds)
+    assert sum(step_parts(timing.wall, 2, PLAIN).values()) == pytest.approx(timing.wall.step_seconds)
     assert all(stage.recompute_seconds <= stage.forward_seconds for stage in timing.wall.stages)
     assert timing.process_cpu is not None
     assert timing.process_cpu.step_seconds < timing.wall.step_seconds

@@ -16,6 +16,7 @@ import torch
 from planner.communication import Distribution, catalogue_link, step_seconds
 from planner.cost import ZERO_ERROR, predict
 from planner.memory import peak_window, timeline
+from planner.nested import PLAIN
 from planner.plan import NoFeasiblePlan, Weights
 from planner.search import optimize
 from planner.zero import ZERO_STAGES, deepspeed_config, model_state_bytes, sharded
@@ -78,7 +79,7 @@ def by_hand() -> tuple[PrecisionMemory, tuple[ParameterRecord, ...]]:
 
 
 def peak(memory: PrecisionMemory, k: int = 1) -> int:
-    windows = timeline(memory, (), micro_batch_size=1, gradient_accumulation_steps=k, resident_batches=k)
+    windows = timeline(memory, PLAIN, micro_batch_size=1, gradient_accumulation_steps=k, resident_batches=k)
     return peak_window(windows).total_bytes
 
 
@@ -132,7 +133,7 @@ def test_kept_gradients_stand_beside_the_new_ones_of_a_later_micro_batch() -> No
         gradient_accumulation_steps=2,
         bucket_elements=4,
     )
-    windows = timeline(found, (), micro_batch_size=1, gradient_accumulation_steps=2, resident_batches=2)
+    windows = timeline(found, PLAIN, micro_batch_size=1, gradient_accumulation_steps=2, resident_batches=2)
     totals = {(w.phase, w.micro_batch, w.stage): w.total_bytes for w in windows}
     assert totals["backward", 0, 0] == 80 + 8 + 24
     assert totals["forward", 1, 0] == 80 + 32
@@ -235,7 +236,7 @@ def test_two_real_processes_need_what_was_predicted_at_every_stage() -> None:
                 gradient_accumulation_steps=k,
             )  # fmt: skip
             windows = timeline(
-                found, (), micro_batch_size=b, gradient_accumulation_steps=k, resident_batches=k
+                found, PLAIN, micro_batch_size=b, gradient_accumulation_steps=k, resident_batches=k
             )
             assert peak_window(windows).total_bytes == pytest.approx(measured["peak_bytes"], rel=0.03)
             assert measured["steady_bytes"] == 0
@@ -317,11 +318,14 @@ def test_the_search_over_zero_stages_finds_what_brute_force_finds(seed: int) -> 
             zero_stage,
             predict(
                 profile, fp32, micro_batch_size=b, gradient_accumulation_steps=GLOBAL_BATCH // (2 * b),
-                segments=segments, distribution=Distribution(world_size=2, zero_stage=zero_stage, link=LINK),
+                placed=placed, distribution=Distribution(world_size=2, zero_stage=zero_stage, link=LINK),
             ),
         )
         for zero_stage, b in itertools.product(ZERO_STAGES, (1, 2, 4))
-        for segments in every_placement([s.recomputable and zero_stage < 3 for s in profile.stages])
+        for placed in every_placement(
+            [s.recomputable and zero_stage < 3 for s in profile.stages],
+            [s.selective is not None for s in fp32.memory_at(b).stages],
+        )
     ]  # fmt: skip
     plan = optimize(
         profile, GLOBAL_BATCH, weights=Weights(time=0.0, memory=1.0), world_size=2, zero_stages=ZERO_STAGES

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from executor.recompute import Checkpoints, Stretch
 from planner.cli.profile import show
+from planner.nested import PLAIN, Placed
 from planner.search import optimize
 from profiler.chain import discover, recomputable_stages
 from profiler.measure import profile
@@ -231,8 +232,8 @@ def test_recomputing_every_stage_of_any_build_changes_no_weight_by_a_bit(name: s
     batches = [workload.batch(2) for _ in range(2)]
     every = tuple((i, i + 1) for i, allowed in enumerate(recomputable_stages(stages)) if allowed)
     plain, recomputed = (
-        weights_after_a_step(copy.deepcopy(workload.model), workload, batches, stretches(stages, segments))
-        for segments in ((), every)
+        weights_after_a_step(copy.deepcopy(workload.model), workload, batches, stretches(stages, placed))
+        for placed in (PLAIN, Placed(segments=every))
     )
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
 

@@ -1,0 +1,242 @@
+"""Checkpoints inside checkpoints: exact placement where what runs again may itself recompute, for every budget.
+
+A stretch of stages [i, j) whose input is there is worked off, forward and backward, by a plan of this grammar:
+
+    plan(i, j)  :=  forward of i, kept    plan(i+1, j)   backward of i
+                 |  forward of i .. k-1   plan(k, j)     plan(i, k)        [i, k) is a segment, run again by a plan
+    plan(j, j)  :=  nothing, or the loss at the end of the chain
+
+``least[i, j](a)`` is the least cost of a plan(i, j) in a bytes, while whoever waits for it holds the gradient of its
+end. Both lines above ask for shorter stretches only:
+
+    least[i, j](a) = min( keep_cost[i] + least[i+1, j](a - keep_hold[i])         where a >= keep_need[i, j],
+                          min over k of  run_cost[i, k] + least[k, j](a - run_hold[i, k])
+                                         + least[i, k](a - again_hold[i, k])     where a >= run_need[i, k] + held[j] )
+
+Every plan is one way through these two lines, so least[0, L] is the complete frontier, and its own proof. A function is
+held in one of two ways, both exact:
+
+    slots   its value at every multiple of the sizes' common unit, where there are few of them
+    steps   the points where it falls, where the sizes are odd numbers of bytes
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
+
+MOST_SLOTS = 4096
+"""With more multiples of the common unit than this, steps are faster."""
+
+RULED_OUT = -1
+"""The ``run_need`` of a segment that is not allowed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Nest:
+    """What the recursion must know of a chain of L stages, in whole numbers; entries with j <= i are never read."""
+
+    keep_need: Integers
+    """[i, j]: the worst moment of stage i kept, forward or backward, in a plan that ends before j; L x (L + 1)."""
+    keep_hold: Integers
+    """[i]: what a kept stage holds from its forward to its backward."""
+    keep_cost: Integers
+    run_need: Integers
+    """[i, k]: the worst moment of the forward that keeps nothing of [i, k), or ``RULED_OUT``; L x (L + 1)."""
+    run_hold: Integers
+    """[i, k]: what segment [i, k) holds until it runs again."""
+    run_cost: Integers
+    """[i, k]: the cost of running [i, k) once more."""
+    again_hold: Integers
+    """[i, k]: what is held besides while segment [i, k) runs again; L x (L + 1)."""
+    again_need: Integers
+    """[i, k]: the worst moment of running segment [i, k) again, forward and backward, with every stage kept."""
+    held: Integers
+    """[j]: what is held for whoever waits for a plan that ends before j; L + 1 values."""
+    end_need: Integers
+    """[j]: what the empty plan at j needs; at [L] that is what the loss needs."""
+
+
+Segments = tuple[tuple[int, int], ...]
+"""Half-open ranges of stages, each before those inside of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placed:
+    """Where a plan recomputes: ``segments``, and stages outside of them that keep their products (``selective``)."""
+
+    segments: Segments = ()
+    selective: tuple[int, ...] = ()
+
+
+PLAIN = Placed()
+"""Nothing is recomputed."""
+
+
+def depths(segments: Segments) -> tuple[int, ...]:
+    """In how many others each segment lies; they come as ``Solution.segments`` gives them, outer before inner ones."""
+    around: list[tuple[int, int]] = []
+    found = []
+    for start, stop in segments:
+        while around and not (around[-1][0] <= start and stop <= around[-1][1]):
+            around.pop()
+        found.append(len(around))
+        around.append((start, stop))
+    return tuple(found)
+
+
+class Solution:
+    """All of ``least``; ``points`` is the frontier of (need, cost), needs rising and costs falling."""
+
+    def __init__(self, nest: Nest, table: _Slots | _Steps) -> None:
+        self._nest = nest
+        self._length = len(nest.keep_cost)
+        self._table = table
+        self.points = tuple(table.steps(0, self._length))
+
+    def segments(self, need: int) -> Segments:
+        """The segments of a fastest plan within ``need``, outer before inner ones, from left to right."""
+        return tuple(self._segments(0, self._length, need))
+
+    def _segments(self, i: int, j: int, room: int) -> Iterator[tuple[int, int]]:
+        while i < j:
+            k = self._segment_end(i, j, room)
+            if k is None:
+                room -= int(self._nest.keep_hold[i])
+                i += 1
+            else:
+                yield (i, k)
+                yield from self._segments(i, k, room - int(self._nest.again_hold[i, k]))
+                room -= int(self._nest.run_hold[i, k])
+                i = k
+
+    def _segment_end(self, i: int, j: int, room: int) -> int | None:
+        """Where the segment that begins at i ends in an optimal plan(i, j); None where stage i is kept."""
+        nest, least = self._nest, self._table.least
+        cost = least(i, j, room)
+        kept = least(i + 1, j, room - int(nest.keep_hold[i])) + int(nest.keep_cost[i])
+        if room >= nest.keep_need[i, j] and kept == cost:
+            return None
+        for k in range(i + 1, j):
+            if 0 <= nest.run_need[i, k] <= room - nest.held[j]:
+                rest = least(k, j, room - int(nest.run_hold[i, k]))
+                if rest + least(i, k, room - int(nest.again_hold[i, k])) + int(nest.run_cost[i, k]) == cost:
+                    return k
+        raise AssertionError(f"no plan leads through the table of stages {i} to {j} at {room}")
+
+
+def nested(nest: Nest) -> Solution:
+    """Any depth of segments inside segments."""
+    return Solution(nest, _Slots.of(nest) or _Steps.of(nest))
+
+
+def single_level(nest: Nest) -> Solution | None:
+    """Segments with nothing but kept stages inside; None where a common unit of the sizes is too small for slots."""
+    slots = _Slots.of(nest, single=True)
+    return None if slots is None else Solution(nest, slots)
+
+
+@dataclass(frozen=True, slots=True)
+class _Slots:
+    """``rows[i, j, a]``: least[i, j] of ``a`` units; ``never`` where there is no plan.
+
+    With a single level there is one column, for j = L; a segment runs again in ``again_need``, at a cost of ``whole``.
+    """
+
+    rows: NDArray[Any]
+    unit: int
+    never: int
+    again_need: Integers
+    whole: Integers
+
+    @classmethod
+    def of(cls, nest: Nest, single: bool = False) -> _Slots | None:
+        """None for a chain with too many slots."""
+        sizes = (
+            "keep_need",
+            "keep_hold",
+            "run_need",
+            "run_hold",
+            "again_hold",
+            "again_need",
+            "held",
+            "end_need",
+        )
+        allowed = np.triu(nest.run_need != RULED_OUT, 1)
+        read = {name: getattr(nest, name) for name in sizes}
+        unit = 0
+        for name, values in read.items():
+            used = values[allowed] if name in ("run_need", "run_hold", "again_hold", "again_need") else values
+            used = values[np.triu_indices_from(values, 1)] if name == "keep_need" else used
+            unit = int(np.gcd.reduce(used, initial=unit)) if used.size else unit
+        unit = unit or 1
+        room = int(nest.end_need[-1])
+        for need, hold in zip(nest.keep_need[::-1, -1].tolist(), nest.keep_hold[::-1].tolist(), strict=True):
+            room = max(need, room + hold)
+        slots = room // unit + 1
+        if slots > MOST_SLOTS:
+            return None
+        length = len(nest.keep_cost)
+        # A plan of n stages runs none of them forward more than n times.
+        longest = int(nest.keep_cost.sum()) + length * int(nest.run_cost[allowed].max(initial=0))
+        dtype = np.int32 if longest < 2**28 else np.int64
+        never = 2 * longest + 1
+        rows = np.empty((length + 1, 1 if single else length + 1, slots), dtype)
+        units = {name: np.where(values >= 0, values // unit, values) for name, values in read.items()}
+        from planner.kernels import fill_slots
+
+        fill_slots(
+            units["keep_need"], units["keep_hold"], nest.keep_cost.astype(dtype), units["run_need"],
+            units["run_hold"], nest.run_cost.astype(dtype), units["again_hold"], units["again_need"], units["held"],
+            units["end_need"], dtype(never), rows,
+        )  # fmt: skip
+        return cls(rows, unit, never, nest.again_need, np.insert(nest.keep_cost.cumsum(), 0, 0))
+
+    def least(self, i: int, j: int, room: int) -> float:
+        if room < 0:
+            return math.inf
+        if self.rows.shape[1] == 1:
+            if j < len(self.whole) - 1:
+                return int(self.whole[j] - self.whole[i]) if room >= self.again_need[i, j] else math.inf
+            j = 0
+        cost = int(self.rows[i, j, min(room // self.unit, self.rows.shape[2] - 1)])
+        return math.inf if cost >= self.never else cost
+
+    def steps(self, i: int, j: int) -> Iterator[tuple[int, int]]:
+        row = self.rows[i, 0 if self.rows.shape[1] == 1 else j]
+        falls = np.concatenate(([True], row[1:] < row[:-1])) & (row < self.never)
+        for slot in np.flatnonzero(falls).tolist():
+            yield slot * self.unit, int(row[slot])
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """The steps of least[i, j] are needs and costs from ``begin[i, j]`` to ``end[i, j]``."""
+
+    needs: Integers
+    costs: Integers
+    begin: Integers
+    end: Integers
+
+    @classmethod
+    def of(cls, nest: Nest) -> _Steps:
+        from planner.kernels import fill_steps
+
+        arguments = (getattr(nest, each.name) for each in fields(nest) if each.name != "again_need")
+        return cls(*fill_steps(*arguments))
+
+    def least(self, i: int, j: int, room: int) -> float:
+        begin, end = self.begin[i, j], self.end[i, j]
+        at = begin + int(np.searchsorted(self.needs[begin:end], room, side="right")) - 1
+        return math.inf if at < begin else int(self.costs[at])
+
+    def steps(self, i: int, j: int) -> Iterator[tuple[int, int]]:
+        span = slice(int(self.begin[i, j]), int(self.end[i, j]))
+        yield from zip(self.needs[span].tolist(), self.costs[span].tolist(), strict=True)
