@@ -205,6 +205,10 @@ class SegmentRun:
         """How many segments, and what each of them is."""
         count, first = len(self.segments), self.segments[0]
         number = "1 segment" if count == 1 else f"{count} segments"
+        if first.depth:
+            number += " inside others"
+        if first.mode == "selective":
+            return f"{number} of one stage, but for products and attention"
         if first.first == first.last:
             return f"{number} of one stage"
         return number if count == 1 else f"{number}, the first up to {first.last}"
@@ -212,16 +216,17 @@ class SegmentRun:
 
 def segment_runs(checkpoint: Sequence[Segment]) -> tuple[SegmentRun, ...]:
     """A plan's segments in as few runs as a person would name, in the order in which each begins."""
-    alike: dict[tuple[str, str], list[list[Segment]]] = {}
+    alike: dict[tuple[str, str, str, int], list[list[Segment]]] = {}
     for segment in checkpoint:
-        runs = alike.setdefault((_pattern(segment.first), _pattern(segment.last)), [])
+        kind = (_pattern(segment.first), _pattern(segment.last), segment.mode, segment.depth)
+        runs = alike.setdefault(kind, [])
         if runs and _continues(runs[-1], segment):
             runs[-1].append(segment)
         else:
             runs.append([segment])
-    position = {segment.first: index for index, segment in enumerate(checkpoint)}
+    position = {id(segment): index for index, segment in enumerate(checkpoint)}
     found = [SegmentRun(segments=tuple(run)) for runs in alike.values() for run in runs]
-    return tuple(sorted(found, key=lambda run: position[run.segments[0].first]))
+    return tuple(sorted(found, key=lambda run: position[id(run.segments[0])]))
 
 
 def checkpoint_text(checkpoint: Sequence[Segment]) -> str:

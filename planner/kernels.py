@@ -31,7 +31,8 @@ def _grown(array: Any, capacity: Any) -> Any:
 @_compiled
 def fill_slots(
     keep_need: Any, keep_hold: Any, keep_cost: Any, run_need: Any, run_hold: Any, run_cost: Any, again_hold: Any,
-    again_need: Any, held: Any, end_need: Any, never: Any, rows: Any,
+    again_need: Any, held: Any, end_need: Any, option_need: Any, option_hold: Any, option_cost: Any,
+    never: Any, rows: Any,
 ) -> None:  # fmt: skip
     """Fill ``rows[i, j, a]`` with least[i, j](a) as ``planner.nested`` defines it; ``never`` where there is no plan.
 
@@ -60,6 +61,12 @@ def fill_slots(
             kept = after[first - keep_hold[i] : top - keep_hold[i]]
             for a in range(top - first):
                 row[first + a] = kept[a] + keep_cost[i]
+            if j == length and option_need[i] >= 0:
+                low = max(option_need[i], need[i + 1, j] + option_hold[i])
+                for a in range(top - low):
+                    cost = after[low - option_hold[i] + a] + option_cost[i]
+                    row[low + a] = min(row[low + a], cost)
+                first = min(first, low)
             high, before = min(flat[i, j], top), whole[i, j]
             for k in range(i + 1, j):
                 if run_need[i, k] < 0:
@@ -94,7 +101,7 @@ def fill_slots(
 @_compiled
 def fill_steps(
     keep_need: Any, keep_hold: Any, keep_cost: Any, run_need: Any, run_hold: Any, run_cost: Any, again_hold: Any,
-    held: Any, end_need: Any,
+    held: Any, end_need: Any, option_need: Any, option_hold: Any, option_cost: Any,
 ) -> tuple[Any, Any, Any, Any]:  # fmt: skip
     """The steps of least[i, j] as ``planner.nested`` defines it, needs rising and costs falling.
 
@@ -104,7 +111,8 @@ def fill_steps(
     needs, costs = np.empty(1024, np.int64), np.empty(1024, np.int64)
     begin = np.zeros((length + 1, length + 1), np.int64)
     end = np.zeros((length + 1, length + 1), np.int64)
-    used = 0
+    needs[0] = costs[0] = 0  # Of nothing: what runs again where nothing does.
+    used = 1
     best_need, best_cost = np.empty(64, np.int64), np.empty(64, np.int64)
     next_need, next_cost = np.empty(64, np.int64), np.empty(64, np.int64)
     for j in range(length + 1):
@@ -129,24 +137,34 @@ def fill_steps(
                         count -= 1
                     best_need[count], best_cost[count] = level, costs[at] + keep_cost[i]
                     count += 1
-            for k in range(i + 1, j):
-                if run_need[i, k] < 0:
-                    continue
-                again = run_cost[i, k]
-                rest, rest_end = begin[k, j], end[k, j]
-                back, back_end = begin[i, k], end[i, k]
-                level = max(
-                    run_need[i, k] + held[j], needs[rest] + run_hold[i, k], needs[back] + again_hold[i, k]
-                )
+            for k in range(i, j):
+                if k == i:  # The option, which leaves stage i and goes on like a kept one.
+                    if j < length or option_need[i] < 0:
+                        continue
+                    low, hold, beside, again = (
+                        option_need[i],
+                        option_hold[i],
+                        0,
+                        option_cost[i] - keep_cost[i],
+                    )
+                    rest, rest_end, back, back_end = begin[i + 1, j], end[i + 1, j], 0, 1
+                    extra = option_cost[i]
+                else:
+                    if run_need[i, k] < 0:
+                        continue
+                    low, hold, beside = run_need[i, k] + held[j], run_hold[i, k], again_hold[i, k]
+                    rest, rest_end, back, back_end = begin[k, j], end[k, j], begin[i, k], end[i, k]
+                    again = extra = run_cost[i, k]
+                level = max(low, needs[rest] + hold, needs[back] + beside)
                 merged = own = cost = 0
                 walking = True
                 while walking or own < count:
                     if walking:
-                        while rest + 1 < rest_end and needs[rest + 1] + run_hold[i, k] <= level:
+                        while rest + 1 < rest_end and needs[rest + 1] + hold <= level:
                             rest += 1
-                        while back + 1 < back_end and needs[back + 1] + again_hold[i, k] <= level:
+                        while back + 1 < back_end and needs[back + 1] + beside <= level:
                             back += 1
-                        cost = costs[rest] + costs[back] + again
+                        cost = costs[rest] + costs[back] + extra
                     if merged + 2 > len(next_need):
                         next_need, next_cost = (
                             _grown(next_need, 2 * merged + 2),
@@ -169,11 +187,11 @@ def fill_steps(
                         merged += 1
                     walking = rest + 1 < rest_end or back + 1 < back_end
                     if rest + 1 < rest_end and back + 1 < back_end:
-                        level = min(needs[rest + 1] + run_hold[i, k], needs[back + 1] + again_hold[i, k])
+                        level = min(needs[rest + 1] + hold, needs[back + 1] + beside)
                     elif rest + 1 < rest_end:
-                        level = needs[rest + 1] + run_hold[i, k]
+                        level = needs[rest + 1] + hold
                     elif back + 1 < back_end:
-                        level = needs[back + 1] + again_hold[i, k]
+                        level = needs[back + 1] + beside
                 best_need, next_need = next_need, best_need
                 best_cost, next_cost = next_cost, best_cost
                 count = merged

@@ -24,7 +24,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from planner.nested import Placed
+from planner.nested import RULED_OUT, Nest, Placed
 from planner.placement import Option, Units, ruled_out
 from profiler.profile_record import PrecisionMemory, bytes_at, peak_at
 
@@ -229,6 +229,71 @@ def optimizer_peak_bytes(memory: PrecisionMemory, micro_batch_size: int, residen
     """The peak of the optimizer's window, the same for every placement."""
     return constant_bytes(memory, micro_batch_size, resident_batches) + peak_at(
         memory.optimizer, micro_batch_size
+    )
+
+
+def plan_nest(
+    memory: PrecisionMemory,
+    units: Units,
+    *,
+    micro_batch_size: int,
+    gradient_accumulation_steps: int,
+    resident_batches: int,
+) -> Nest:
+    """The chain of ``plan_units`` for the solver of nested plans; needs are above what is constant.
+
+    They are never less than the timeline's: a stage that runs again is charged as one in the middle of its segment,
+    and a segment that runs again with its input throughout.
+    """
+    sizes = _Sizes.of(memory, micro_batch_size)
+    constant = constant_bytes(memory, micro_batch_size, resident_batches)
+    length = len(sizes.hold)
+    accumulates = gradient_accumulation_steps > 1
+
+    def array(values: list[int]) -> np.ndarray:
+        return np.array(values, dtype=np.int64)
+
+    gradient, backward = array(sizes.gradient), array(sizes.backward_first)
+    if accumulates:
+        backward = np.maximum(backward, array(sizes.backward_later))
+    standing = int(gradient.sum()) if accumulates else 0
+    later = np.append(np.cumsum(gradient[::-1])[::-1], 0)
+    held = np.append(0, array(sizes.carry)) + (standing if accumulates else later) + 2 * sizes.segment
+    held[length] = standing
+    inside = np.maximum(array(sizes.forward), array(sizes.rebuild_first))
+    at_end = np.maximum(array(sizes.recompute), array(sizes.rebuild_single))
+    keep_need = np.maximum(inside[:, None] + held, backward[:, None])
+    stages = np.arange(length)
+    keep_need[stages, stages + 1] = np.maximum(at_end + held[1:], backward)
+    keep_need[:, length] = np.maximum(array(sizes.forward) + standing, backward)
+    dropped_held = np.append(0, np.cumsum(array(sizes.dropped_hold)))
+    dropped_total = dropped_held - dropped_held[:-1, None]
+    allowed = np.triu(units.need < ruled_out(units.need.dtype), 1)
+    run_need = np.full((length, length + 1), RULED_OUT, dtype=np.int64)
+    for i in range(length):
+        windows = array(sizes.dropped[i:]) + dropped_total[i, i:length] + sizes.input[i]
+        windows[0] = sizes.dropped_first[i]
+        run_need[i, i + 1 :] = np.maximum.accumulate(windows) + sizes.segment
+    run_need[~allowed] = RULED_OUT
+    option_need = np.full(length, RULED_OUT, dtype=np.int64)
+    option_hold, option_cost = np.zeros((2, length), dtype=np.int64)
+    for option in units.options:
+        option_need[option.stage] = option.need - constant
+        option_hold[option.stage], option_cost[option.stage] = option.hold, option.cost
+    return Nest(
+        keep_need=keep_need,
+        keep_hold=array(sizes.hold),
+        keep_cost=units.keep_cost.astype(np.int64),
+        run_need=run_need,
+        run_hold=units.hold.astype(np.int64),
+        run_cost=units.cost.astype(np.int64),
+        again_hold=dropped_total + np.where(sizes.saves_input, 0, sizes.input)[:, None],
+        again_need=np.where(allowed, units.need - constant, 0),
+        held=held,
+        end_need=np.zeros(length + 1, dtype=np.int64),
+        option_need=option_need,
+        option_hold=option_hold,
+        option_cost=option_cost,
     )
 
 

@@ -2,7 +2,7 @@
 
 A stretch of stages [i, j) whose input is there is worked off, forward and backward, by a plan of this grammar:
 
-    plan(i, j)  :=  forward of i, kept    plan(i+1, j)   backward of i
+    plan(i, j)  :=  forward of i, kept    plan(i+1, j)   backward of i        (at j = L also: treated in one more way)
                  |  forward of i .. k-1   plan(k, j)     plan(i, k)        [i, k) is a segment, run again by a plan
     plan(j, j)  :=  nothing, or the loss at the end of the chain
 
@@ -35,6 +35,9 @@ Integers = NDArray[np.int64]
 MOST_SLOTS = 4096
 """With more multiples of the common unit than this, steps are faster."""
 
+KEPT, OPTION = -1, -2
+"""In the place of a segment's end: a stage that is in none."""
+
 RULED_OUT = -1
 """The ``run_need`` of a segment that is not allowed."""
 
@@ -62,6 +65,15 @@ class Nest:
     """[j]: what is held for whoever waits for a plan that ends before j; L + 1 values."""
     end_need: Integers
     """[j]: what the empty plan at j needs; at [L] that is what the loss needs."""
+    option_need: Integers
+    """[i]: the worst moment of stage i treated in one more way, outside of all segments, or ``RULED_OUT``."""
+    option_hold: Integers
+    option_cost: Integers
+
+    @property
+    def allowed(self) -> NDArray[np.bool_]:
+        """[i, k]: whether there may be a segment [i, k)."""
+        return np.triu(self.run_need != RULED_OUT, 1)
 
 
 Segments = tuple[tuple[int, int], ...]
@@ -101,29 +113,41 @@ class Solution:
         self._table = table
         self.points = tuple(table.steps(0, self._length))
 
-    def segments(self, need: int) -> Segments:
-        """The segments of a fastest plan within ``need``, outer before inner ones, from left to right."""
-        return tuple(self._segments(0, self._length, need))
+    def placed(self, need: int) -> Placed:
+        """A fastest plan within ``need``; its ``selective`` stages are those that are treated in one more way."""
+        segments: list[tuple[int, int]] = []
+        options: list[int] = []
+        self._walk(0, self._length, need, segments, options)
+        return Placed(segments=tuple(segments), selective=tuple(options))
 
-    def _segments(self, i: int, j: int, room: int) -> Iterator[tuple[int, int]]:
+    def _walk(self, i: int, j: int, room: int, segments: list[tuple[int, int]], options: list[int]) -> None:
+        nest = self._nest
         while i < j:
-            k = self._segment_end(i, j, room)
-            if k is None:
-                room -= int(self._nest.keep_hold[i])
+            k = self._unit_end(i, j, room)
+            if k == KEPT:
+                room -= int(nest.keep_hold[i])
+                i += 1
+            elif k == OPTION:
+                options.append(i)
+                room -= int(nest.option_hold[i])
                 i += 1
             else:
-                yield (i, k)
-                yield from self._segments(i, k, room - int(self._nest.again_hold[i, k]))
-                room -= int(self._nest.run_hold[i, k])
+                segments.append((i, k))
+                self._walk(i, k, room - int(nest.again_hold[i, k]), segments, options)
+                room -= int(nest.run_hold[i, k])
                 i = k
 
-    def _segment_end(self, i: int, j: int, room: int) -> int | None:
-        """Where the segment that begins at i ends in an optimal plan(i, j); None where stage i is kept."""
+    def _unit_end(self, i: int, j: int, room: int) -> int:
+        """Where the segment that begins at i ends in an optimal plan(i, j); or ``KEPT`` or ``OPTION``."""
         nest, least = self._nest, self._table.least
         cost = least(i, j, room)
         kept = least(i + 1, j, room - int(nest.keep_hold[i])) + int(nest.keep_cost[i])
         if room >= nest.keep_need[i, j] and kept == cost:
-            return None
+            return KEPT
+        if j == self._length and 0 <= nest.option_need[i] <= room:
+            rest = least(i + 1, j, room - int(nest.option_hold[i]))
+            if rest + int(nest.option_cost[i]) == cost:
+                return OPTION
         for k in range(i + 1, j):
             if 0 <= nest.run_need[i, k] <= room - nest.held[j]:
                 rest = least(k, j, room - int(nest.run_hold[i, k]))
@@ -143,6 +167,18 @@ def single_level(nest: Nest) -> Solution | None:
     return None if slots is None else Solution(nest, slots)
 
 
+def _common_unit(nest: Nest) -> int:
+    """The greatest size of which all sizes that are read are multiples."""
+    above = np.triu(np.ones_like(nest.keep_need, dtype=bool), 1)
+    options = nest.option_need != RULED_OUT
+    read = (
+        nest.keep_need[above], nest.keep_hold, nest.run_need[nest.allowed], nest.run_hold[nest.allowed],
+        nest.again_hold[nest.allowed], nest.again_need[nest.allowed], nest.held, nest.end_need,
+        nest.option_need[options], nest.option_hold[options],
+    )  # fmt: skip
+    return int(np.gcd.reduce(np.concatenate(read))) or 1
+
+
 @dataclass(frozen=True, slots=True)
 class _Slots:
     """``rows[i, j, a]``: least[i, j] of ``a`` units; ``never`` where there is no plan.
@@ -159,24 +195,7 @@ class _Slots:
     @classmethod
     def of(cls, nest: Nest, single: bool = False) -> _Slots | None:
         """None for a chain with too many slots."""
-        sizes = (
-            "keep_need",
-            "keep_hold",
-            "run_need",
-            "run_hold",
-            "again_hold",
-            "again_need",
-            "held",
-            "end_need",
-        )
-        allowed = np.triu(nest.run_need != RULED_OUT, 1)
-        read = {name: getattr(nest, name) for name in sizes}
-        unit = 0
-        for name, values in read.items():
-            used = values[allowed] if name in ("run_need", "run_hold", "again_hold", "again_need") else values
-            used = values[np.triu_indices_from(values, 1)] if name == "keep_need" else used
-            unit = int(np.gcd.reduce(used, initial=unit)) if used.size else unit
-        unit = unit or 1
+        unit = _common_unit(nest)
         room = int(nest.end_need[-1])
         for need, hold in zip(nest.keep_need[::-1, -1].tolist(), nest.keep_hold[::-1].tolist(), strict=True):
             room = max(need, room + hold)
@@ -185,17 +204,21 @@ class _Slots:
             return None
         length = len(nest.keep_cost)
         # A plan of n stages runs none of them forward more than n times.
-        longest = int(nest.keep_cost.sum()) + length * int(nest.run_cost[allowed].max(initial=0))
+        again = nest.run_cost[nest.allowed].max(initial=0)
+        longest = int(np.maximum(nest.keep_cost, nest.option_cost).sum() + length * again)
         dtype = np.int32 if longest < 2**28 else np.int64
         never = 2 * longest + 1
         rows = np.empty((length + 1, 1 if single else length + 1, slots), dtype)
-        units = {name: np.where(values >= 0, values // unit, values) for name, values in read.items()}
         from planner.kernels import fill_slots
 
+        def units(sizes: Integers) -> Integers:
+            return np.where(sizes == RULED_OUT, RULED_OUT, sizes // unit)
+
         fill_slots(
-            units["keep_need"], units["keep_hold"], nest.keep_cost.astype(dtype), units["run_need"],
-            units["run_hold"], nest.run_cost.astype(dtype), units["again_hold"], units["again_need"], units["held"],
-            units["end_need"], dtype(never), rows,
+            units(nest.keep_need), units(nest.keep_hold), nest.keep_cost.astype(dtype), units(nest.run_need),
+            units(nest.run_hold), nest.run_cost.astype(dtype), units(nest.again_hold), units(nest.again_need),
+            units(nest.held), units(nest.end_need), units(nest.option_need), units(nest.option_hold),
+            nest.option_cost.astype(dtype), dtype(never), rows,
         )  # fmt: skip
         return cls(rows, unit, never, nest.again_need, np.insert(nest.keep_cost.cumsum(), 0, 0))
 

@@ -327,7 +327,7 @@ class _FromTables:
     solution: tables.Solution
 
     def segments(self, index: int) -> Segments:
-        return self.solution.segments(self.solution.points[index][0])
+        return self.solution.placed(self.solution.points[index][0]).segments
 
 
 def _whole(*values: ArrayLike) -> tuple[tuple[NDArray[np.int64], ...], int]:
@@ -420,6 +420,9 @@ def _nest(f: Any, b: Any, x: Any, xb: Any, tf: Any, tb: Any) -> Nest:
         again_need=again_need,
         held=held,
         end_need=x,
+        option_need=np.full(length, RULED_OUT),
+        option_hold=np.zeros(length, np.int64),
+        option_cost=np.zeros(length, np.int64),
     )
 
 

@@ -3,6 +3,7 @@
     for every micro-batch b with b * k * world == global batch, every profiled precision, every ZeRO stage:
         placement frontier: all (peak, time) worth having, exact          (planner/placement.py)
     the cheapest point of all of them under C that fits the budget
+    where none fits: the same with segments inside segments               (planner/nested.py)
 
 Every plan of the space is on one of these frontiers or beaten by a point of it in both peak and time. Within a
 frontier energy is a constant plus watts of the forward pass times recomputed seconds, so it rises exactly with time,
@@ -33,9 +34,9 @@ from planner.cost import (
     weighed,
 )
 from planner.energy import step_joules, watts_at
-from planner.memory import optimizer_peak_bytes, plan_units
-from planner.nested import PLAIN, Placed, Segments
-from planner.placement import Frontier, pareto, sqrt_segments
+from planner.memory import constant_bytes, optimizer_peak_bytes, plan_nest, plan_units
+from planner.nested import PLAIN, Placed, Segments, Solution, nested
+from planner.placement import Frontier, Units, pareto, sqrt_segments
 from planner.plan import Baselines, Choice, NoFeasiblePlan, Objective, Plan, Weights
 from planner.time import at_micro_batch, segment_nanoseconds, selective_seconds
 from planner.zero import ZERO_STAGES
@@ -44,6 +45,7 @@ from profiler.profile_record import (
     PRECISIONS,
     Link,
     Precision,
+    PrecisionMemory,
     PrecisionProfile,
     Profile,
     StageRecord,
@@ -56,6 +58,41 @@ ROUNDING = 1e-6
 """Relative difference that comes from searching in whole nanoseconds and reporting in seconds."""
 
 
+@dataclass(frozen=True, slots=True)
+class _SingleLevel:
+    """The frontier over all placements without segments inside segments."""
+
+    units: Units
+    frontier: Frontier
+
+    @property
+    def points(self) -> tuple[tuple[float, float], ...]:
+        return self.frontier.points
+
+    def placed(self, index: int) -> Placed:
+        """The placement behind a point."""
+        options = (self.units.options[number] for number in self.frontier.options(index))
+        return Placed(
+            segments=self.frontier.segments(index), selective=tuple(option.stage for option in options)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Nested:
+    """The frontier over all placements; its tables leave out what is constant."""
+
+    solution: Solution
+    constant_bytes: int
+
+    @property
+    def points(self) -> tuple[tuple[float, float], ...]:
+        return tuple((need + self.constant_bytes, cost) for need, cost in self.solution.points)
+
+    def placed(self, index: int) -> Placed:
+        """The placement behind a point."""
+        return self.solution.placed(self.solution.points[index][0])
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Candidate:
     """One (b, k, precision, ZeRO stage) with its whole placement frontier."""
@@ -66,22 +103,15 @@ class _Candidate:
     gradient_accumulation_steps: int
     base_seconds: float
     floor_bytes: int
-    frontier: Frontier
-    option_stages: tuple[int, ...]
+    placements: _SingleLevel | _Nested
+    memory: PrecisionMemory
     base_joules: float | None
     recompute_watts: float
-
-    def placed(self, index: int) -> Placed:
-        """The placement behind a point of the frontier."""
-        return Placed(
-            segments=self.frontier.segments(index),
-            selective=tuple(self.option_stages[number] for number in self.frontier.options(index)),
-        )
 
     def points(self) -> Iterator[tuple[float, int, float | None, int]]:
         """``(step_seconds, peak_bytes, step_joules, index)`` of every placement worth having."""
         k = self.gradient_accumulation_steps
-        for index, (peak, nanoseconds) in enumerate(self.frontier.points):
+        for index, (peak, nanoseconds) in enumerate(self.placements.points):
             recompute = k * nanoseconds / 1e9
             joules = None if self.base_joules is None else self.base_joules + self.recompute_watts * recompute
             yield self.base_seconds + recompute, max(int(peak), self.floor_bytes), joules, index
@@ -127,15 +157,21 @@ def optimize(
     baselines = _baselines(profile, chosen[0], global_batch_size, sizes[-1], by_hand, terms)
     reference = baselines.plain.prediction
 
-    rows = [
-        (
-            weighed(seconds, peak, joules, reference, weights), candidate.gradient_accumulation_steps,
-            seconds, peak, candidate, index, joules,
-        )
-        for candidate in candidates
-        for seconds, peak, joules, index in candidate.points()
-    ]  # fmt: skip
+    def rows_of(candidates: Sequence[_Candidate]) -> list[Row]:
+        return [
+            (
+                weighed(seconds, peak, joules, reference, weights), candidate.gradient_accumulation_steps,
+                seconds, peak, candidate, index, joules,
+            )
+            for candidate in candidates
+            for seconds, peak, joules, index in candidate.points()
+        ]  # fmt: skip
+
+    rows = rows_of(candidates)
     feasible = [row for row in rows if row[3] <= terms.limit_bytes]
+    if not feasible:
+        rows += rows_of([_deeper(profile, candidate) for candidate in candidates])
+        feasible = [row for row in rows if row[3] <= terms.limit_bytes]
     if not feasible:
         raise _infeasible(profile, min(rows, key=lambda row: (row[3], row[2])), terms, memory_budget_bytes)
     lower_bound, _, _, _, best, index, _ = min(feasible, key=lambda row: row[:4])
@@ -297,13 +333,25 @@ def _candidate(
         gradient_accumulation_steps=k,
         base_seconds=sum(parts.values()),
         floor_bytes=optimizer_peak_bytes(memory, b, resident),
-        frontier=pareto(units),
-        option_stages=tuple(option.stage for option in units.options),
+        placements=_SingleLevel(units, pareto(units)),
+        memory=memory,
         base_joules=None if watts is None else sum(step_joules(parts, watts, world_size).values()),
         recompute_watts=0.0
         if watts is None
         else sum(step_joules({"recompute": 1.0}, watts, world_size).values()),
     )
+
+
+def _deeper(profile: Profile, candidate: _Candidate) -> _Candidate:
+    """The same with segments inside segments: seldom faster, but they need less memory."""
+    assert isinstance(candidate.placements, _SingleLevel)
+    b, k = candidate.micro_batch_size, candidate.gradient_accumulation_steps
+    resident = resident_batches(profile, k)
+    nest = plan_nest(
+        candidate.memory, candidate.placements.units, micro_batch_size=b, gradient_accumulation_steps=k,
+        resident_batches=resident,
+    )  # fmt: skip
+    return replace(candidate, placements=_Nested(nested(nest), constant_bytes(candidate.memory, b, resident)))
 
 
 def _recomputable(stage: StageRecord, distribution: Distribution) -> bool:
@@ -314,7 +362,7 @@ def _recomputable(stage: StageRecord, distribution: Distribution) -> bool:
 def _choice(profile: Profile, candidate: _Candidate, index: int, terms: _Terms) -> Choice:
     return _describe(
         profile, candidate.measured, candidate.micro_batch_size, candidate.gradient_accumulation_steps,
-        candidate.placed(index), candidate.distribution, terms,
+        candidate.placements.placed(index), candidate.distribution, terms,
     )  # fmt: skip
 
 

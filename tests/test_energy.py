@@ -339,7 +339,8 @@ def test_a_counter_is_used_from_the_profile_to_the_verification(draws_50_watts: 
     assert found.measured.step_joules is not None
     assert elapsed > energy.WINDOW_SECONDS
     per_step = DRAWN_WATTS * found.measured.step_seconds
-    assert found.measured.step_joules == pytest.approx(per_step, rel=0.5)
+    # The counter had its own steps, and other work on the machine may have come or gone in between.
+    assert per_step / 4 < found.measured.step_joules < per_step * 4
     assert "step_joules" in found.within
 
 

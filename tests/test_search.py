@@ -197,10 +197,67 @@ def test_the_search_finds_what_brute_force_finds(seed: int) -> None:
             assert plan.objective.cost == pytest.approx(best, rel=1e-9)
             assert plan.objective.optimal
             assert plan.prediction.peak_memory_bytes <= peak
-    with pytest.raises(NoFeasiblePlan) as refused:
-        optimize(profile, GLOBAL_BATCH, math.floor(peaks[0] * margin) - 1)
-    assert refused.value.tightest.peak_memory_bytes == peaks[0]
-    assert refused.value.tightest.step_seconds == pytest.approx(min(s for s, p in plans if p == peaks[0]))
+    try:
+        deeper = optimize(profile, GLOBAL_BATCH, math.floor(peaks[0] * margin) - 1)
+    except NoFeasiblePlan as refused:
+        assert refused.tightest.peak_memory_bytes <= peaks[0]
+    else:
+        assert any(segment.depth for segment in deeper.checkpoint)
+        assert deeper.prediction.peak_memory_bytes < peaks[0]
+
+
+def every_nested_placement(placed: Placed) -> Iterator[Placed]:
+    """The placement with every choice of segments inside its segments that end before they do."""
+
+    def inside(start: int, stop: int) -> Iterator[Segments]:
+        if start >= stop:
+            yield ()
+            return
+        yield from inside(start + 1, stop)
+        for end in range(start + 1, stop + 1):
+            for within in inside(start, end - 1):
+                for rest in inside(end, stop):
+                    yield ((start, end), *within, *rest)
+
+    choices = (
+        [((start, stop), *within) for within in inside(start, stop - 1)] for start, stop in placed.segments
+    )
+    for choice in itertools.product(*choices):
+        yield replace(placed, segments=tuple(itertools.chain.from_iterable(choice)))
+
+
+def test_where_no_single_level_fits_the_search_goes_deeper_and_promises_nothing_that_is_not_so() -> None:
+    """Its needs are bounds from above, which for most of these profiles are exact."""
+    exact = deeper = 0
+    for profile in map(random_profile, SEEDS):
+        tightest, seconds = min(
+            seconds_and_peak(profile, measured, b, nested)[::-1]
+            for measured, b in itertools.product(profile.precisions, (1, 2, 4))
+            for placed in placements_of(profile, measured.memory_at(b))
+            for nested in every_nested_placement(placed)
+        )
+        with pytest.raises(NoFeasiblePlan) as refused:
+            optimize(profile, GLOBAL_BATCH, 1)
+        found = refused.value.tightest
+        assert found.peak_memory_bytes >= tightest
+        if found.peak_memory_bytes == tightest:
+            assert found.step_seconds >= seconds * (1 - 1e-9)
+        exact += found.peak_memory_bytes == tightest
+        deeper += tightest < min(peak for _, peak in every_plan(profile))
+    assert exact >= 0.95 * len(SEEDS)
+    assert deeper >= 2
+
+
+def test_a_budget_that_only_segments_inside_segments_fit_gets_them() -> None:
+    profile = random_profile(25)
+    plan = optimize(profile, GLOBAL_BATCH, math.ceil(192 * (1 + memory_error(profile))))
+    assert [(s.first, s.last, s.depth, s.mode) for s in plan.checkpoint] == [
+        ("h.1", "h.3", 0, "recompute"),
+        ("h.1", "h.1", 1, "recompute"),
+        ("h.2", "h.2", 1, "recompute"),
+        ("h.4", "h.4", 0, "selective"),
+    ]
+    assert plan.prediction.peak_memory_bytes == 192
 
 
 @pytest.mark.parametrize("seed", SEEDS[:10])
