@@ -28,8 +28,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.torch_version import TorchVersion
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from profiler.live import QuickMode, tensors_in
 
 Capability = tuple[int, int]
 
@@ -64,7 +64,7 @@ def standing_in(absent: AbsentCuda | None) -> Iterator[None]:
         yield
 
 
-class _PresentDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _PresentDevice(QuickMode):
     """Answers C++ about the device of a fake tensor as the tensor does, at once."""
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ def graph_ends(model: nn.Module, absent: AbsentCuda | None) -> Iterator[None]:
     del ends
 
 
-class _DeviceAnswers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _DeviceAnswers(QuickMode):
     """Answers C++ about the device of a fake tensor; see the module's text."""
 
     def __init__(self, *, always_cpu: bool = False) -> None:
@@ -103,11 +103,11 @@ class _DeviceAnswers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._device_of(args[0])
         outputs = func(*args, **(kwargs or {}))
         self._fresh.clear()
-        if torch.is_grad_enabled() and any(_has_history(leaf) for leaf in tree_leaves((args, kwargs))):
+        if torch.is_grad_enabled() and any(t.requires_grad for v in (args, kwargs) for t in tensors_in(v)):
             self._fresh.update(
-                id(leaf)
-                for leaf in tree_leaves(outputs)
-                if isinstance(leaf, FakeTensor) and leaf.is_floating_point()
+                id(tensor)
+                for tensor in tensors_in(outputs)
+                if isinstance(tensor, FakeTensor) and tensor.is_floating_point()
             )
         return outputs
 
@@ -118,10 +118,6 @@ class _DeviceAnswers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._fresh.discard(id(tensor))
             return torch.device("cpu")
         return tensor.device
-
-
-def _has_history(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
 
 
 @contextlib.contextmanager

@@ -31,9 +31,10 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from profiler import shapes
+from profiler.live import QuickMode, tensors_in
 
 
-class RealIntegers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class RealIntegers(QuickMode):
     """Entered inside ``FakeTensorMode``: integer factories and operations on real tensors run for real.
 
     ``device``: where the fakes are, if not where the real tensors are. What is real stays on the CPU.
@@ -47,7 +48,7 @@ class RealIntegers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        tensors = [*tensors_in(args), *tensors_in(kwargs)]
         fake = any(isinstance(tensor, FakeTensor) for tensor in tensors)
         unplaced = args, kwargs
         if fake or (not tensors and not _makes_integers(args, kwargs)):
@@ -175,7 +176,7 @@ class _WithoutMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        tensors = [*tensors_in(args), *tensors_in(kwargs)]
         if any(tensor.is_meta for tensor in tensors):
             args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
             if kwargs.get("device") is not None:

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 CUDA_BLOCK_BYTES = 512
 """CUDA's caching allocator hands out multiples of this (c10/cuda/CUDACachingAllocator, ``kMinBlockSize``)."""
@@ -33,7 +32,15 @@ def storage_bytes(storage: torch.UntypedStorage, block_bytes: int = 1) -> int:
     return -(-storage.nbytes() // block_bytes) * block_bytes
 
 
-class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class QuickMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A mode that ``torch.compile`` may look into: spared of what keeps it out, each dispatch takes half the time."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class LiveStorages(QuickMode):
     """Follow the live storages of everything that runs inside this context.
 
     ``observe(event, key, size_bytes)`` is called with ``"alloc"`` and ``"free"`` as they happen;
@@ -102,13 +109,33 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._called is not None:
             self._called(func, args, kwargs or {}, outputs)
         if self._operation is None:
-            for tensor in _tensors(outputs):
+            for tensor in tensors_in(outputs):
                 self._key(tensor)
         else:
-            read = [self._key(tensor) for tensor in _tensors((args, kwargs))]
-            self._operation(func, read, [self._key(tensor) for tensor in _tensors(outputs)])
+            read = [self._key(tensor) for values in (args, kwargs) for tensor in tensors_in(values)]
+            self._operation(func, read, [self._key(tensor) for tensor in tensors_in(outputs)])
         return outputs
 
 
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+def tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    """The tensors among the arguments or outputs of an operation, which come in tuples, lists and keywords.
+
+    A step has tens of thousands of operations, and ``torch.utils._pytree`` takes several times as long for each.
+    """
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, tuple | list):
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                yield value
+            elif isinstance(value, tuple | list):
+                yield from tensors_in(value)
+    elif isinstance(values, dict):
+        yield from tensors_in(tuple(values.values()))
+
+
+@functools.cache
+def is_mutable(func: Any) -> bool:
+    """Whether an operation writes into one of its arguments; the schema takes its time to say so."""
+    mutable: bool = func._schema.is_mutable
+    return mutable

@@ -41,7 +41,7 @@ from profiler.events import (
     settle,
 )
 from profiler.fake import numbers_in_updates
-from profiler.live import LiveStorages
+from profiler.live import LiveStorages, is_mutable, tensors_in
 from profiler.pretend import pretending
 from profiler.profile_record import (
     AffineBytes,
@@ -218,9 +218,9 @@ class MemoryTracer:
             if not recording:
                 return
             keeps = is_kept(func, args, kwargs or {})
-            if func._schema.is_mutable:
-                written = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
-                trace.rewritten.update(kept_keys & {live.key_of(tensor) for tensor in written})
+            if is_mutable(func):
+                given = (tensor for values in (args, kwargs) for tensor in tensors_in(values))
+                trace.rewritten.update(kept_keys & {live.key_of(tensor) for tensor in given})
             if between.now and is_sum_of_two(func, args, kwargs):
                 first = args[:1] if not args[0]._is_view() else ()
                 dense = (tensor for tensor in first if is_non_overlapping_and_dense_or_false(tensor))

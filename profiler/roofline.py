@@ -25,12 +25,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.optimize import minimize
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from profiler.absent import AbsentCuda
 from profiler.chain import Stage
 from profiler.events import Window
+from profiler.live import is_mutable, tensors_in
 from profiler.memory import MemoryTracer
 from profiler.profile_record import Precision, StageTime, StepTime
 from profiler.selective import is_kept
@@ -185,11 +185,11 @@ class OperationCounter:
 def _operation(func: Any, args: Any, kwargs: Any, outputs: Any) -> Operation | None:
     """What a call costs; None where nothing is computed: views and uninitialised memory."""
     name = func._schema.name.partition("::")[2]
-    read = _tensors((args, kwargs))
-    written = _tensors(outputs)
+    read = [*tensors_in(args), *tensors_in(kwargs)]
+    written = [*tensors_in(outputs)]
     inputs = {id(tensor) for tensor in read}
     storages = {tensor.untyped_storage() for tensor in read}
-    mutates = func._schema.is_mutable
+    mutates = is_mutable(func)
     if func.is_view or name.startswith(("empty", "new_empty")):
         return None
     if not mutates and written and all(tensor.untyped_storage() in storages for tensor in written):
@@ -200,7 +200,7 @@ def _operation(func: Any, args: Any, kwargs: Any, outputs: Any) -> Operation | N
     else:
         moved += sum(map(_moved, read))
     if mutates:
-        changed = _tensors([value for value, argument in _arguments(func, args, kwargs) if argument.is_write])
+        changed = tensors_in([value for value, info in _arguments(func, args, kwargs) if info.is_write])
         moved += sum(_moved(tensor) for tensor in changed if id(tensor) in inputs)
         moved -= sum(_moved(tensor) for tensor in written if id(tensor) in inputs)
     formula = flop_registry.get(func._overloadpacket)
@@ -219,10 +219,6 @@ def _arguments(func: Any, args: Any, kwargs: Any) -> Iterable[tuple[Any, Any]]:
             yield args[index], argument.alias_info
         elif argument.name in kwargs:
             yield kwargs[argument.name], argument.alias_info
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _moved(tensor: torch.Tensor) -> int:

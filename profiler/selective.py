@@ -7,6 +7,7 @@ The same choice is made when memory is traced, when time is measured, and when t
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -34,7 +35,12 @@ def is_kept(func: Any, args: Any, kwargs: Any) -> bool:
 
     Not where it draws random numbers: a replay that took the output from what is kept would draw other ones later.
     """
-    return func.overloadpacket in KEPT and not _draws(func, args, kwargs)
+    return _makes_products(func) and not _draws(func, args, kwargs)
+
+
+@functools.cache
+def _makes_products(func: Any) -> bool:
+    return func.overloadpacket in KEPT
 
 
 def _draws(func: Any, args: Any, kwargs: Any) -> bool:

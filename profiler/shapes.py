@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from profiler.live import is_mutable
+
 SCALARS = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -78,7 +80,7 @@ def _rememberable(func: Any) -> bool:
     if found is None:
         found = (
             func.namespace == "aten"
-            and not func._schema.is_mutable
+            and not is_mutable(func)
             and not any(tag in func.tags for tag in _ASKED_ANEW)
         )
         _REMEMBERABLE[func] = found

@@ -146,7 +146,7 @@ def profile_unmeasured(
                     progress(f"{precision}: {slowdown:.1f} times slower than fp32 here, left out")
                     continue
                 progress(f"{precision}: tracing memory and counting operations")
-                counters = {size: OperationCounter() for size in (sizes[0], sizes[-1])}
+                counters = {size: OperationCounter() for size in {sizes[0], *traced_sizes(sizes)}}
                 shared = counters if workload.longest_batch is None else {}
                 memory = tracer.memory(precision, traced_sizes(sizes), shared)
                 at_one = tracer.memory(precision, (1, 1), shared) if sizes[0] == 1 else None
@@ -207,13 +207,17 @@ def _times(
     precision: Precision,
     sizes: Sequence[int],
     target: Target,
-    ends: Sequence[StepCosts],
+    counted: Sequence[StepCosts],
 ) -> tuple[StepTime, ...]:
-    """Times at every size: operations lie on a line between those counted at the ends, else are counted at each."""
-    known = {costs.micro_batch_size: costs for costs in ends}
+    """Times at every size: operations lie on a line between those counted at the ends, else are counted at each.
+
+    Those of one sample, which take other paths, are no end of the line.
+    """
+    known = {costs.micro_batch_size: costs for costs in counted}
+    low, high = (known[size] for size in traced_sizes(sizes))
     times = []
     for size in sizes:
-        costs = known.get(size) or between(ends[0], ends[-1], size)
+        costs = known.get(size) or between(low, high, size)
         if costs is None:
             costs = step_costs(workload, stages, optimizer, precision, size, target.absent)
         times.append(step_time(costs, target.rates, target.efficiency))
