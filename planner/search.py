@@ -38,6 +38,7 @@ from planner.memory import constant_bytes, optimizer_peak_bytes, plan_nest, plan
 from planner.nested import PLAIN, Placed, Segments, Solution, nested
 from planner.placement import Frontier, Units, pareto, sqrt_segments
 from planner.plan import Baselines, Choice, NoFeasiblePlan, Objective, Plan, Weights
+from planner.sizes import size_text
 from planner.time import at_micro_batch, segment_nanoseconds, selective_seconds
 from planner.zero import ZERO_STAGES
 from profiler import records
@@ -451,10 +452,6 @@ def _front(rows: list[Row]) -> list[Row]:
     return [front[i] for i in sorted(picked)]
 
 
-def _size(size_bytes: float) -> str:
-    return f"{size_bytes / 2**30:.3f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.2f} MiB"
-
-
 def _infeasible(profile: Profile, row: Row, terms: _Terms, budget: int | None) -> NoFeasiblePlan:
     choice = _choice(profile, row[4], row[5], terms)
     margin = terms.memory_error
@@ -463,8 +460,8 @@ def _infeasible(profile: Profile, row: Row, terms: _Terms, budget: int | None) -
     world_size = row[4].distribution.world_size
     spread = f", ZeRO stage {choice.zero_stage} on {world_size} processes" if world_size > 1 else ""
     return NoFeasiblePlan(
-        f"No plan fits {_size(budget or 0)}: the tightest needs "
-        f"{_size(choice.prediction.peak_memory_bytes * (1 + margin))} "
+        f"No plan fits {size_text(budget or 0)}: the tightest needs "
+        f"{size_text(choice.prediction.peak_memory_bytes * (1 + margin))} "
         f"({choice.precision}, micro-batch {choice.micro_batch_size}, "
         f"k = {choice.gradient_accumulation_steps}, {recomputed}{spread}; {margin:.1%} margin included). "
         "Raise --memory-budget, or profile smaller micro-batches or other precisions.",

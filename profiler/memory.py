@@ -226,7 +226,10 @@ class MemoryTracer:
                 dense = (tensor for tensor in first if is_non_overlapping_and_dense_or_false(tensor))
                 trace.events.append(Accumulate(tuple(k for k in map(live.key_of, dense) if k is not None)))
             else:
-                kind = kind_of(func, args, kwargs) if self._workspaces else None
+                kind = None
+                if self._workspaces is not None:
+                    kind = kind_of(func, args, kwargs)
+                    self._workspaces.note(kind, args, kwargs)
                 trace.events.append(Operate(kind, keeps))
 
         def called(func: Any, args: Any, kwargs: Any, outputs: Any) -> None:
@@ -303,6 +306,8 @@ class MemoryTracer:
                 del loss
                 model.train()
             recording = False
+        if self._workspaces is not None:
+            self._workspaces.try_noted()
         trace.events = settle(trace.events, self._workspaces)
         return trace
 

@@ -283,6 +283,7 @@ class Profile(Document, tag="profile"):
 
     ``memory_check`` None: nothing was run (profiler/unmeasured.py). ``parameters``: what several processes deal out.
     ``link`` None: it was not measured how processes reach each other, so nothing is planned for more than one.
+    ``kernels_tried``: no step was run, but every operation of one by itself, for what its kernel takes.
     """
 
     current_version: ClassVar[int] = 1
@@ -303,6 +304,7 @@ class Profile(Document, tag="profile"):
     noise_scale: NoiseScale | None = None
     parameters: tuple[ParameterRecord, ...] = ()
     link: Link | None = None
+    kernels_tried: bool = False
 
     @property
     def time_source(self) -> TimeSource:

@@ -5,7 +5,8 @@
     fake steps                operations with their flops and bytes ──▶ roofline ──▶ times
 
 A 7 B model is profiled in half a minute and less than a gigabyte. What it says is marked: no step was timed
-(``steps_timed`` 0), the memory was not checked (``memory_check`` None), and both errors are stated wider.
+(``steps_timed`` 0), the memory was not checked (``memory_check`` None), and both errors are stated wider. On this
+machine a small model's operations are tried out one by one, which shows what their kernels take (``kernels_tried``).
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from profiler.roofline import (
 from profiler.timing import HOPELESS_SLOWDOWN
 from profiler.workload import Workload
 from profiler.workload_spec import WorkloadSpec
+from profiler.workspaces import Workspaces
 
 Progress = Callable[[str], None]
 
@@ -114,8 +116,19 @@ def profile_unmeasured(
     watts: float | None,
     spec: WorkloadSpec | None,
     progress: Progress,
+    trying_bytes: int | None = None,
 ) -> Profile:
-    """The profile of a workload without running anything of it. The model is left as it was."""
+    """The profile of a workload without running a step of it. The model is left as it was.
+
+    ``trying_bytes``: on a device that is here, every kind of operation whose inputs take no more than this is run once
+    on zeros, for what its kernel takes; None: ``TRYING_BYTES`` for a model that is small enough for it.
+    """
+    if trying_bytes is None:
+        small = sum(p.numel() * p.element_size() for p in workload.model.parameters()) <= SMALL_MODEL_BYTES
+        trying_bytes = TRYING_BYTES if small else 0
+    workspaces = None
+    if target.absent is None and trying_bytes:
+        workspaces = Workspaces(torch.device(target.record.kind), trying_bytes)
     began = time.perf_counter()
     model, absent, rates = workload.model, target.absent, target.rates
     training = model.training
@@ -134,6 +147,7 @@ def profile_unmeasured(
                 device_type="cpu" if absent is None else "cuda",
                 block_bytes=1 if absent is None else CUDA_BLOCK_BYTES,
                 absent=absent,
+                workspaces=workspaces,
             )
             for precision in precisions:
                 rate = rates.flops_per_second.get(precision)
@@ -181,6 +195,7 @@ def profile_unmeasured(
         cost=ProfileCost(seconds=time.perf_counter() - began, micro_batches_run=0),
         energy=None if watts is None else energy.stated(watts, [p.precision for p in found]),
         parameters=parameters,
+        kernels_tried=workspaces is not None and not workspaces.refused,
     )
 
 
@@ -223,6 +238,11 @@ def _times(
         times.append(step_time(costs, target.rates, target.efficiency))
     return tuple(times)
 
+
+SMALL_MODEL_BYTES = 2**30
+"""A model with larger parameters is meant for another machine, and its operations take too long on this one."""
+
+TRYING_BYTES = 2**28
 
 PRODUCT_SIZES = (256, 512, 1024, 2048)
 """Rows and columns of the matrices that a CPU's rate is measured with; the larger, the less it costs to start."""

@@ -9,31 +9,17 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
-from decimal import Decimal
 from pathlib import Path
 
-UNITS = {"": 1, "b": 1} | {
-    f"{letter}{suffix}": base**power
-    for power, letter in enumerate("kmgt", start=1)
-    for suffix, base in (("b", 1000), ("ib", 1024))
-}
-"""Bytes in a unit, by its name in small letters: ``gb`` is 1000**3, ``gib`` is 1024**3."""
+from planner.sizes import parse_size
 
 
 def size(text: str) -> int:
     """``8GiB``, ``8GB``, ``1.5GiB`` or plain bytes, as bytes."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
-    unit = match[2].lower() if match else ""
-    if match is None or unit not in UNITS:
-        way_out = f" Is it {text}iB (1024) or {text}B (1000)?" if unit in "kmgt" and unit else ""
-        raise argparse.ArgumentTypeError(
-            f"a size is a number with a unit, such as 8GiB or 8GB, or plain bytes, got {text!r}.{way_out}"
-        )
-    found = int(Decimal(match[1]) * UNITS[unit])
-    if found < 1:
-        raise argparse.ArgumentTypeError(f"a size must be at least one byte, got {text!r}")
-    return found
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def count(text: str) -> int:

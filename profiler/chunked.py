@@ -1,0 +1,123 @@
+"""The loss of a language model, a chunk of tokens at a time.
+
+Of a small model with a large vocabulary the logits are most of the peak: GPT-2 small at 8 x 1,024 tokens makes 1.5 GiB
+of them in fp32, and again as probabilities and as gradients. Here the head and the loss run on one chunk of tokens
+after the other, and each chunk is recomputed in the backward pass:
+
+    hidden states  ──▶ [ head ─▶ logits ─▶ loss ]  ──▶ sum / tokens
+                       [ head ─▶ logits ─▶ loss ]      only one chunk's logits at a time
+                       [        ...             ]
+
+It takes the place of the head's forward and of the model's loss function, which transformers calls one after the other.
+The sum is the same but for the order in which floats are added. A model that does something to its logits in between is
+refused when it first does.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+CHUNKS = 16
+"""In how many chunks the tokens of a micro-batch are cut: each has a sixteenth of the logits."""
+
+
+class ChunkedLossError(ValueError):
+    """The model's head and loss cannot be run in chunks."""
+
+
+def can_be_chunked(model: nn.Module) -> bool:
+    """Whether this is a causal language model of transformers with a linear head and the loss that comes with it."""
+    losses = sys.modules.get("transformers.loss.loss_utils")  # There where a model came with it.
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    if losses is None or get_head is None or type(get_head()) is not nn.Linear:
+        return False
+    # Some classes compute their loss by themselves.
+    if "self.loss_function(" not in inspect.getsource(inspect.unwrap(type(model).forward)):
+        return False
+    return getattr(model, "loss_function", None) is losses.ForCausalLMLoss
+
+
+class ChunkedLoss:
+    """Puts the loss of ``model`` in chunks; ``remove()`` undoes it. Raises ChunkedLossError where that cannot be.
+
+    Outputs have no ``logits`` meanwhile: there are none.
+    """
+
+    def __init__(self, model: Any, chunks: int = CHUNKS) -> None:
+        if not can_be_chunked(model):
+            raise ChunkedLossError(
+                f"{type(model).__name__} must be a causal language model of transformers with a linear head and its "
+                "own loss for the loss to run in chunks."
+            )
+        self._model = model
+        self._head: Any = model.get_output_embeddings()
+        self._chunks = chunks
+        self._passed: weakref.ref[torch.Tensor] | None = None
+        self._own_loss = vars(model).get("_loss_function")
+        self._head.forward = self._pass_on
+        self._model.loss_function = self._loss
+        self._handle = model.register_forward_hook(self._without_logits)
+
+    def remove(self) -> None:
+        """Give the model its head and loss back."""
+        self._handle.remove()
+        del self._head.forward
+        if self._own_loss is None:
+            del self._model._loss_function
+        else:
+            self._model.loss_function = self._own_loss
+
+    def _pass_on(self, hidden: torch.Tensor) -> torch.Tensor:
+        self._passed = weakref.ref(hidden)
+        return hidden
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = type(self._head).forward(self._head, hidden)
+        return logits
+
+    def _without_logits(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, dict) and "logits" in output:
+            output["logits"] = None if output.get("loss") is not None else self._logits(output["logits"])
+        return output
+
+    def _loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int,
+        num_items_in_batch: Any = None,
+        ignore_index: int = -100,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """As transformers' ``ForCausalLMLoss``, of hidden states."""
+        hidden = logits
+        if self._passed is None or self._passed() is not hidden:
+            raise ChunkedLossError(
+                f"{type(self._model).__name__} changes its logits between head and loss: it cannot run in chunks."
+            )
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
+        wanted = shift_labels.reshape(-1).to(hidden.device)
+        states = hidden.reshape(-1, hidden.shape[-1])
+        total = hidden.new_zeros((), dtype=torch.float32)
+        size = -(-len(wanted) // self._chunks)
+        for start in range(0, len(wanted), size):
+            piece = states[start : start + size], wanted[start : start + size], ignore_index
+            total = total + checkpoint(self._sum_of, *piece, use_reentrant=False, preserve_rng_state=False)
+        count = (wanted != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+        loss: torch.Tensor = total / count
+        return loss
+
+    def _sum_of(self, states: torch.Tensor, wanted: torch.Tensor, ignore_index: int) -> torch.Tensor:
+        return F.cross_entropy(
+            self._logits(states).float(), wanted, ignore_index=ignore_index, reduction="sum"
+        )
