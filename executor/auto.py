@@ -50,7 +50,7 @@ class Checkpointed:
         return (
             f"{plan.model}: peak {size_text(plan.prediction.peak_memory_bytes)} "
             f"(at most {plan.prediction.error.peak_memory_bytes:.0%} off) of {size_text(plain.peak_memory_bytes)}, "
-            f"about {slower:.0%} slower: {checkpoint_text(plan.checkpoint)}"
+            f"about {slower:.0%} slower: {checkpoint_text(plan.checkpoint, plan.loss_chunks)}"
         )
 
 
@@ -82,7 +82,7 @@ def auto_checkpoint(
     with torch.autocast(device.type, enabled=False):
         profile = profile_unmeasured(
             workload, (samples,), (precision,), target_of(str(device), (precision, "fp32")),
-            optimizer=optimizer, watts=None, spec=None, progress=lambda message: None,
+            optimizer=optimizer, watts=None, spec=None, progress=lambda message: None, all_precisions=True,
             trying_bytes=min(limit_bytes // TRYING_SHARE, TRYING_BYTES) if limit_bytes else TRYING_BYTES,
         )  # fmt: skip
     global_batch_size = samples * gradient_accumulation_steps

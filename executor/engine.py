@@ -19,6 +19,7 @@ from executor.errors import PlanDoesNotFit
 from executor.recompute import Checkpoints, Stretch, nest
 from planner.plan import Plan
 from profiler.chain import Call
+from profiler.chunked import ChunkedLoss, ChunkedLossError
 from profiler.device import keep_freed_memory
 from profiler.step import SILENT, Loss, StepObserver, Stepper, build_scaler
 from profiler.timing import to_device
@@ -52,7 +53,13 @@ def apply_checkpoints(model: nn.Module, plan: Plan) -> Checkpoints:
                     f"{type(model).__name__} has not. Profile and optimise this model."
                 )
         stretches.append((segment.depth, stretch))
-    return Checkpoints(model, nest(stretches))
+    chunked = None
+    if plan.loss_chunks is not None:
+        try:
+            chunked = ChunkedLoss(model, plan.loss_chunks)
+        except ChunkedLossError as error:
+            raise PlanDoesNotFit(f"The plan for {plan.model} has the loss in chunks. {error}") from error
+    return Checkpoints(model, nest(stretches), chunked)
 
 
 class PreparedStep:

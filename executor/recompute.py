@@ -39,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
 from profiler.chain import Call
+from profiler.chunked import ChunkedLoss
 from profiler.selective import is_kept
 
 
@@ -84,7 +85,9 @@ class Checkpoints:
     a segment is followed by those inside of it.
     """
 
-    def __init__(self, model: nn.Module, stretches: Sequence[Stretch]) -> None:
+    def __init__(
+        self, model: nn.Module, stretches: Sequence[Stretch], chunked_loss: ChunkedLoss | None = None
+    ) -> None:
         modules = dict(model.named_modules())
         every = [each for stretch in stretches for each in stretch.with_all_inside()]
         for stretch in every:
@@ -95,6 +98,7 @@ class Checkpoints:
                     )
         self.counts = [[0, 0] for _ in every]
         self._model = model
+        self._chunked_loss = chunked_loss
         self._index = {id(stretch): index for index, stretch in enumerate(every)}
         self._enter = {stretch.enter: stretch for stretch in stretches}
         self._calls: dict[str, int] = {}
@@ -115,7 +119,10 @@ class Checkpoints:
         self._handles.append(model.register_forward_hook(self._end, always_call=True))
 
     def remove(self) -> None:
-        """Take every hook off the model."""
+        """Take every hook off the model, and give it its own loss back."""
+        if self._chunked_loss is not None:
+            self._chunked_loss.remove()
+            self._chunked_loss = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -256,6 +256,7 @@ def instead(plan: Plan, choice: Choice) -> Plan:
         precision=choice.precision,
         zero_stage=choice.zero_stage,
         checkpoint=choice.checkpoint,
+        loss_chunks=choice.loss_chunks,
         memory_budget_bytes=None,
         prediction=choice.prediction,
         objective=msgspec.structs.replace(

@@ -141,6 +141,7 @@ def chosen(plan: Plan) -> Choice:
         precision=plan.precision,
         zero_stage=plan.zero_stage,
         checkpoint=plan.checkpoint,
+        loss_chunks=plan.loss_chunks,
         prediction=plan.prediction,
         fits=True,
     )
@@ -154,16 +155,19 @@ def budget_for(prediction: Prediction) -> int:
 def _beside(plan: Plan, name: str, choice: Choice) -> Alternative:
     prediction, own = choice.prediction, plan.prediction
     cost = _cost(plan, prediction)
-    knobs = (choice.micro_batch_size, choice.precision, choice.zero_stage, choice.checkpoint)
+    knobs = (
+        choice.micro_batch_size, choice.precision, choice.zero_stage, choice.loss_chunks, choice.checkpoint
+    )  # fmt: skip
     return Alternative(
         name=name,
         micro_batch_size=choice.micro_batch_size,
         gradient_accumulation_steps=choice.gradient_accumulation_steps,
         precision=choice.precision,
         segments=len(choice.checkpoint),
-        checkpoint=checkpoint_text(choice.checkpoint),
+        checkpoint=checkpoint_text(choice.checkpoint, choice.loss_chunks),
         fits=choice.fits,
-        same=knobs == (plan.micro_batch_size, plan.precision, plan.zero_stage, plan.checkpoint),
+        same=knobs
+        == (plan.micro_batch_size, plan.precision, plan.zero_stage, plan.loss_chunks, plan.checkpoint),
         step_seconds=prediction.step_seconds,
         peak_memory_bytes=prediction.peak_memory_bytes,
         budget_bytes=budget_for(prediction),
@@ -229,9 +233,11 @@ def segment_runs(checkpoint: Sequence[Segment]) -> tuple[SegmentRun, ...]:
     return tuple(sorted(found, key=lambda run: position[id(run.segments[0])]))
 
 
-def checkpoint_text(checkpoint: Sequence[Segment]) -> str:
+def checkpoint_text(checkpoint: Sequence[Segment], loss_chunks: int | None = None) -> str:
     """A plan's segments in one line."""
-    runs = (f"{run.span} ({run.shape})" for run in segment_runs(checkpoint))
+    runs = [f"{run.span} ({run.shape})" for run in segment_runs(checkpoint)]
+    if loss_chunks:
+        runs.append(f"the loss in {loss_chunks} chunks")
     return "; ".join(runs) or "nothing recomputed"
 
 

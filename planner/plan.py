@@ -84,13 +84,17 @@ class Prediction(Cost):
 
 
 class Choice(Record):
-    """The knobs of one plan and what they are predicted to cost."""
+    """The knobs of one plan and what they are predicted to cost.
+
+    ``loss_chunks``: a language model's head and loss run on so many chunks of the tokens, one after the other.
+    """
 
     micro_batch_size: Positive
     gradient_accumulation_steps: Positive
     precision: Precision
     zero_stage: Annotated[int, Meta(ge=0, le=3)]
     checkpoint: tuple[Segment, ...]
+    loss_chunks: Annotated[int, Meta(ge=2)] | None = None
     prediction: Prediction
     fits: bool
 
@@ -152,6 +156,7 @@ class Plan(Document, tag="plan"):
     precision: Precision
     zero_stage: Annotated[int, Meta(ge=0, le=3)]
     checkpoint: tuple[Segment, ...]
+    loss_chunks: Annotated[int, Meta(ge=2)] | None = None
     memory_budget_bytes: Positive | None
     prediction: Prediction
     objective: Objective

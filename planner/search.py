@@ -100,6 +100,7 @@ class _Candidate:
 
     distribution: Distribution
     measured: PrecisionProfile
+    loss_chunks: int | None
     micro_batch_size: int
     gradient_accumulation_steps: int
     base_seconds: float
@@ -146,9 +147,10 @@ def optimize(
     chosen = _precisions(profile, precisions, world_size)
     sizes = _micro_batch_sizes(profile, global_batch_size, world_size)
     candidates = [
-        _candidate(profile, measured, b, global_batch_size // (b * world_size), distribution)
+        _candidate(profile, measured, loss_chunks, b, global_batch_size // (b * world_size), distribution)
         for distribution in distributions
         for measured in chosen
+        for loss_chunks in _loss_chunks(measured, distribution)
         for b in sizes
     ]
     margin = memory_error(profile, calibration, world_size)
@@ -192,6 +194,7 @@ def optimize(
         precision=choice.precision,
         zero_stage=choice.zero_stage,
         checkpoint=choice.checkpoint,
+        loss_chunks=choice.loss_chunks,
         memory_budget_bytes=memory_budget_bytes,
         prediction=choice.prediction,
         objective=Objective(
@@ -305,8 +308,14 @@ class _Terms:
 
 
 def _candidate(
-    profile: Profile, measured: PrecisionProfile, b: int, k: int, distribution: Distribution
+    profile: Profile,
+    as_profiled: PrecisionProfile,
+    loss_chunks: int | None,
+    b: int,
+    k: int,
+    distribution: Distribution,
 ) -> _Candidate:
+    measured = as_profiled.with_chunks(loss_chunks)
     times = at_micro_batch(measured.wall, b)
     resident = resident_batches(profile, k)
     memory = memory_of_process(profile, measured, b, k, distribution)
@@ -330,6 +339,7 @@ def _candidate(
     return _Candidate(
         distribution=distribution,
         measured=measured,
+        loss_chunks=loss_chunks,
         micro_batch_size=b,
         gradient_accumulation_steps=k,
         base_seconds=sum(parts.values()),
@@ -341,6 +351,13 @@ def _candidate(
         if watts is None
         else sum(step_joules({"recompute": 1.0}, watts, world_size).values()),
     )
+
+
+def _loss_chunks(measured: PrecisionProfile, distribution: Distribution) -> tuple[int | None, ...]:
+    """The loss as it is, or in chunks where that was profiled; for several processes nobody has measured it."""
+    if measured.chunked_head is None or distribution.world_size > 1:
+        return (None,)
+    return (None, measured.chunked_head.chunks)
 
 
 def _deeper(profile: Profile, candidate: _Candidate) -> _Candidate:
@@ -363,13 +380,13 @@ def _recomputable(stage: StageRecord, distribution: Distribution) -> bool:
 def _choice(profile: Profile, candidate: _Candidate, index: int, terms: _Terms) -> Choice:
     return _describe(
         profile, candidate.measured, candidate.micro_batch_size, candidate.gradient_accumulation_steps,
-        candidate.placements.placed(index), candidate.distribution, terms,
+        candidate.placements.placed(index), candidate.distribution, terms, candidate.loss_chunks,
     )  # fmt: skip
 
 
 def _describe(
     profile: Profile, measured: PrecisionProfile, b: int, k: int, placed: Placed, distribution: Distribution,
-    terms: _Terms,
+    terms: _Terms, loss_chunks: int | None = None,
 ) -> Choice:  # fmt: skip
     prediction = predict(
         profile, measured, micro_batch_size=b, gradient_accumulation_steps=k, placed=placed,
@@ -381,6 +398,7 @@ def _describe(
         precision=measured.precision,
         zero_stage=distribution.zero_stage,
         checkpoint=name_segments(profile, placed),
+        loss_chunks=loss_chunks,
         prediction=prediction,
         fits=prediction.peak_memory_bytes <= terms.limit_bytes,
     )

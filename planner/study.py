@@ -129,7 +129,7 @@ def _point(plan: Plan, placement: str, position: int | None, choice: Choice) -> 
         values=(prediction.step_seconds, float(prediction.peak_memory_bytes)),
         constraints={} if budget is None else {"bytes_over_budget": float(budget_for(prediction) - budget)},
         attributes={
-            "checkpoint": checkpoint_text(choice.checkpoint),
+            "checkpoint": checkpoint_text(choice.checkpoint, choice.loss_chunks),
             "peak_at": prediction.peak_at,
             "step_parts_seconds": prediction.parts.step_seconds,
             "peak_parts_bytes": prediction.parts.peak_memory_bytes,

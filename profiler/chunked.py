@@ -15,9 +15,11 @@ refused when it first does.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -43,6 +45,16 @@ def can_be_chunked(model: nn.Module) -> bool:
     if "self.loss_function(" not in inspect.getsource(inspect.unwrap(type(model).forward)):
         return False
     return getattr(model, "loss_function", None) is losses.ForCausalLMLoss
+
+
+@contextlib.contextmanager
+def in_chunks(model: nn.Module) -> Iterator[None]:
+    """The model with its loss in chunks while the context is open."""
+    chunked = ChunkedLoss(model)
+    try:
+        yield
+    finally:
+        chunked.remove()
 
 
 class ChunkedLoss:

@@ -20,12 +20,14 @@ from profiler import catalogue, energy, noise
 from profiler import device as devices
 from profiler.allocator import measure_step
 from profiler.chain import discover
+from profiler.chunked import CHUNKS, can_be_chunked, in_chunks
 from profiler.communication import measure_link
 from profiler.live import CUDA_BLOCK_BYTES
 from profiler.memory import MemoryTracer
 from profiler.parameters import parameter_records
 from profiler.profile_record import (
     PRECISIONS,
+    ChunkedHead,
     EnergyProfile,
     HopelessPrecision,
     MemoryCheck,
@@ -33,6 +35,7 @@ from profiler.profile_record import (
     PrecisionProfile,
     Profile,
     ProfileCost,
+    StageTime,
 )
 from profiler.rehearsal import calling, rehearse
 from profiler.step import Loss
@@ -41,6 +44,7 @@ from profiler.timing import (
     HopelessPrecisionError,
     Timing,
     check_worthwhile,
+    measure_last_stage,
     measure_times,
     on_device,
     stepper_for,
@@ -105,7 +109,7 @@ def profile(
             )
         return profile_unmeasured(
             workload, sizes, wanted, target_of(device, wanted, progress),
-            optimizer=optimizer, watts=watts, spec=spec, progress=progress,
+            optimizer=optimizer, watts=watts, spec=spec, progress=progress, all_precisions=all_precisions,
         )  # fmt: skip
     target = devices.resolve(device)
     began = time.perf_counter()
@@ -154,6 +158,16 @@ def profile(
                         workspaces=workspaces,
                     )
                 )
+            chunked: list[tuple[StageTime, StageTime | None]] = []
+            if can_be_chunked(placed.model):
+                with in_chunks(placed.model):
+                    for size, timing in zip(sizes, timings, strict=True):
+                        progress(f"{precision}: timing micro-batch {size} with the loss in {CHUNKS} chunks")
+                        last = measure_last_stage(
+                            placed, stages, timing, optimizer=optimizer, precision=precision,
+                            micro_batch_size=size, device=target, workspaces=workspaces,
+                        )  # fmt: skip
+                        chunked.append(last)
             progress(f"{precision}: tracing memory")
             if precision == "fp32":
                 unseen = _unseen_bytes(placed, tracer, optimizer, sizes[0], target)
@@ -169,6 +183,9 @@ def profile(
                     memory_at_one=at_one and msgspec.structs.replace(at_one, other_bytes=unseen),
                     wall=tuple(timing.wall for timing in timings),
                     process_cpu=tuple(cpu) if len(cpu) == len(timings) else None,
+                    chunked_head=_chunked_head(placed, tracer, precision, sizes, chunked)
+                    if chunked
+                    else None,
                 )
             )
         progress("measuring one real step's peak memory")
@@ -199,6 +216,27 @@ def profile(
         noise_scale=noise_scale,
         parameters=parameters,
         link=link,
+    )
+
+
+def _chunked_head(
+    workload: Workload,
+    tracer: MemoryTracer,
+    precision: Precision,
+    sizes: Sequence[int],
+    times: Sequence[tuple[StageTime, StageTime | None]],
+) -> ChunkedHead:
+    """The last stage with the loss in chunks, which took ``times`` on the wall and on the process's clock."""
+    with in_chunks(workload.model):
+        memory = tracer.last_stage(precision, traced_sizes(sizes))
+        at_one = tracer.last_stage(precision, (1, 1)) if sizes[0] == 1 else None
+    cpu = [of_cpu for _, of_cpu in times if of_cpu is not None]
+    return ChunkedHead(
+        chunks=CHUNKS,
+        memory=memory,
+        memory_at_one=at_one,
+        wall=tuple(wall for wall, _ in times),
+        process_cpu=tuple(cpu) if len(cpu) == len(times) else None,
     )
 
 

@@ -169,6 +169,24 @@ class MemoryTracer:
             segment_bytes=torch.get_rng_state().nbytes if self._device_type == "cpu" else 0,
         )
 
+    def last_stage(
+        self,
+        precision: Precision,
+        batch_sizes: tuple[int, int],
+        counters: Mapping[int, StepCounter] = MappingProxyType({}),
+    ) -> StageMemory:
+        """The curves of the last stage alone, as ``memory`` gives them; to be asked for a changed head."""
+        small, large = (
+            _analyse(
+                self.trace(precision, size, "plain", counters.get(size)),
+                self.trace(precision, size, "dropped"),
+                Trace(),
+                len(self._stages),
+            ).stages[-1]
+            for size in batch_sizes
+        )
+        return _Fit(*batch_sizes).stage(small, large)
+
     def plain_peak_bytes(self, precision: Precision, batch_size: int) -> int:
         """The peak of a fake plain step of two micro-batches, read directly."""
         return self.trace(precision, batch_size, "plain").peak_bytes

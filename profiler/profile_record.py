@@ -11,8 +11,9 @@ Time is kept as measured, per precision and micro-batch size.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
+import msgspec
 from msgspec import Meta
 
 from profiler.records import Document, Record
@@ -140,10 +141,21 @@ class StepTime(Record):
     yardstick_seconds: Annotated[float, Meta(gt=0)] | None = None
 
 
+class ChunkedHead(Record):
+    """The last stage with the loss in ``chunks`` (profiler/chunked.py); its times in the order of the step's."""
+
+    chunks: Annotated[int, Meta(ge=2)]
+    memory: StageMemory
+    memory_at_one: StageMemory | None
+    wall: tuple[StageTime, ...]
+    process_cpu: tuple[StageTime, ...] | None
+
+
 class PrecisionProfile(Record):
     """One precision: its memory, its times on the wall clock and, on a CPU, on the process's own clock.
 
     ``memory_at_one`` is traced apart: with one sample some tensors are views that are copies with two.
+    ``chunked_head`` None: the loss cannot run in chunks, or nobody looked.
     """
 
     precision: Precision
@@ -151,6 +163,29 @@ class PrecisionProfile(Record):
     memory_at_one: PrecisionMemory | None
     wall: tuple[StepTime, ...]
     process_cpu: tuple[StepTime, ...] | None
+    chunked_head: ChunkedHead | None = None
+
+    def with_chunks(self, loss_chunks: int | None) -> PrecisionProfile:
+        """As it is, or with its last stage as in ``chunked_head``. Raises ValueError for other numbers of chunks."""
+        if loss_chunks is None:
+            return self
+        head = self.chunked_head
+        if head is None or head.chunks != loss_chunks:
+            raise ValueError(f"The loss in {loss_chunks} chunks was not profiled. Profile again.")
+        at_one = None
+        if self.memory_at_one is not None and head.memory_at_one is not None:
+            at_one = _with_last(self.memory_at_one, head.memory_at_one)
+        cpu = None
+        if self.process_cpu is not None and head.process_cpu is not None:
+            pairs = zip(self.process_cpu, head.process_cpu, strict=True)
+            cpu = tuple(_with_last(step, last) for step, last in pairs)
+        return msgspec.structs.replace(
+            self,
+            memory=_with_last(self.memory, head.memory),
+            memory_at_one=at_one,
+            wall=tuple(_with_last(step, last) for step, last in zip(self.wall, head.wall, strict=True)),
+            process_cpu=cpu,
+        )
 
     def memory_at(self, micro_batch_size: int) -> PrecisionMemory:
         """The curves that hold at a micro-batch size. Raises ValueError for 1 when it was not profiled."""
@@ -161,6 +196,13 @@ class PrecisionProfile(Record):
                 "Micro-batch size 1 was not profiled. Profile again with --batch 1,2 or the like."
             )
         return self.memory_at_one
+
+
+WithStages = TypeVar("WithStages", PrecisionMemory, StepTime)
+
+
+def _with_last(whole: WithStages, last: StageMemory | StageTime) -> WithStages:
+    return msgspec.structs.replace(whole, stages=(*whole.stages[:-1], last))
 
 
 class HopelessPrecision(Record):

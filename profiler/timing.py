@@ -133,7 +133,7 @@ def measure_times(
     ``workspaces`` learns from the step that warms up. Raises ValueError for a loss that is not finite.
     """
     stepper = stepper_for(workload, optimizer, precision, device)
-    clock = _CudaClock() if device.type == "cuda" else _CpuClock()
+    clock = _clock(device)
     saves = _LastSave(clock)
     marks = WindowMarks(stages, saves.window)
     batches = [workload.batch(micro_batch_size) for _ in range(MICRO_BATCHES_PER_STEP)]
@@ -176,6 +176,63 @@ def measure_times(
         return Timing(wall, None)
     shares = _kept_shares([r.process_cpu for r in forwards if r.process_cpu is not None], len(stages))
     return Timing(wall, _summary(of_cpu, shares, micro_batch_size, yardstick.cpu_seconds()))
+
+
+def measure_last_stage(
+    workload: Workload,
+    stages: Sequence[Stage],
+    beside: Timing,
+    *,
+    optimizer: str,
+    precision: Precision,
+    micro_batch_size: int,
+    device: torch.device,
+    workspaces: Workspaces,
+) -> tuple[StageTime, StageTime | None]:
+    """The times of a changed last stage on both clocks, from one step at the speed that ``beside`` was measured at.
+
+    The other stages are the same in both, so the ratio of their times is that of the device's speeds.
+    """
+    stepper = stepper_for(workload, optimizer, precision, device)
+    clock = _clock(device)
+    saves = _LastSave(clock)
+    marks = WindowMarks(stages, saves.window)
+    batches = [workload.batch(micro_batch_size) for _ in range(MICRO_BATCHES_PER_STEP)]
+    with marks.watching(workload.model), torch.autograd.graph.saved_tensors_hooks(saves.pack, lambda t: t):
+        with workspaces.watching():
+            _check_finite(stepper.step(batches, MICRO_BATCHES_PER_STEP, marks), precision, micro_batch_size)
+        synchronize(device)
+        clock.start()
+        stepper.step(batches, MICRO_BATCHES_PER_STEP, marks)
+        synchronize(device)
+        reading = clock.read()
+
+    def last(times: Times, before: StepTime) -> StageTime:
+        found = _summary([times], [0.0] * len(stages), micro_batch_size, None)
+        speed = _of_others(before) / _of_others(found) if len(stages) > 1 else 1.0
+        stage = found.stages[-1]
+        return StageTime(
+            forward_seconds=speed * stage.forward_seconds,
+            recompute_seconds=speed * stage.recompute_seconds,
+            backward_first_seconds=speed * stage.backward_first_seconds,
+            backward_later_seconds=speed * stage.backward_later_seconds,
+        )
+
+    cpu = None
+    if reading.process_cpu is not None and beside.process_cpu is not None:
+        cpu = last(reading.process_cpu, beside.process_cpu)
+    return last(reading.wall, beside.wall), cpu
+
+
+def _of_others(step: StepTime) -> float:
+    """Seconds of all stages but the last, of two micro-batches."""
+    return sum(
+        2 * s.forward_seconds + s.backward_first_seconds + s.backward_later_seconds for s in step.stages[:-1]
+    )
+
+
+def _clock(device: torch.device) -> _CpuClock | _CudaClock:
+    return _CudaClock() if device.type == "cuda" else _CpuClock()
 
 
 def _check_finite(loss: torch.Tensor, precision: Precision, micro_batch_size: int) -> None:
@@ -376,7 +433,7 @@ def _total(step: Times) -> float:
 
 
 def _summary(
-    steps: list[Times], kept_shares: list[float], micro_batch_size: int, yardstick_seconds: float
+    steps: list[Times], kept_shares: list[float], micro_batch_size: int, yardstick_seconds: float | None
 ) -> StepTime:
     totals = [_total(step) for step in steps]
 

@@ -23,11 +23,13 @@ from profiler import device as devices
 from profiler.absent import AbsentCuda, blas_workspace_bytes
 from profiler.catalogue import CatalogueDevice
 from profiler.chain import Stage, discover, recomputable_stages
+from profiler.chunked import CHUNKS, can_be_chunked, in_chunks
 from profiler.live import CUDA_BLOCK_BYTES
 from profiler.memory import MemoryTracer
 from profiler.parameters import parameter_records
 from profiler.profile_record import (
     PRECISIONS,
+    ChunkedHead,
     DeviceRecord,
     HopelessPrecision,
     Precision,
@@ -116,6 +118,7 @@ def profile_unmeasured(
     watts: float | None,
     spec: WorkloadSpec | None,
     progress: Progress,
+    all_precisions: bool = False,
     trying_bytes: int | None = None,
 ) -> Profile:
     """The profile of a workload without running a step of it. The model is left as it was.
@@ -155,7 +158,7 @@ def profile_unmeasured(
                     progress(f"{precision}: {target.record.name} has none, left out")
                     continue
                 slowdown = rates.flops_per_second["fp32"] / rate
-                if slowdown > HOPELESS_SLOWDOWN:
+                if slowdown > HOPELESS_SLOWDOWN and not all_precisions:
                     hopeless.append(HopelessPrecision(precision=precision, slowdown=slowdown))
                     progress(f"{precision}: {slowdown:.1f} times slower than fp32 here, left out")
                     continue
@@ -168,6 +171,10 @@ def profile_unmeasured(
                     for size, counter in counters.items():
                         tracer.trace(precision, size, "plain", counter, longest=False)
                 costs = [counter.costs(size, len(stages)) for size, counter in counters.items()]
+                head = None
+                if can_be_chunked(model):
+                    progress(f"{precision}: the same for the loss in {CHUNKS} chunks")
+                    head = _chunked_head(workload, stages, tracer, precision, sizes, optimizer, target)
                 found.append(
                     PrecisionProfile(
                         precision=precision,
@@ -176,6 +183,7 @@ def profile_unmeasured(
                         and msgspec.structs.replace(at_one, other_bytes=target.other_bytes),
                         wall=_times(workload, stages, optimizer, precision, sizes, target, costs),
                         process_cpu=None,
+                        chunked_head=head,
                     )
                 )
     finally:
@@ -197,6 +205,31 @@ def profile_unmeasured(
         parameters=parameters,
         kernels_tried=workspaces is not None and not workspaces.refused,
     )
+
+
+def _chunked_head(
+    workload: Workload,
+    stages: Sequence[Stage],
+    tracer: MemoryTracer,
+    precision: Precision,
+    sizes: Sequence[int],
+    optimizer: str,
+    target: Target,
+) -> ChunkedHead:
+    """The last stage with the loss in chunks."""
+    with in_chunks(workload.model):
+        counters = {size: OperationCounter() for size in traced_sizes(sizes)}
+        memory = tracer.last_stage(precision, traced_sizes(sizes), counters)
+        at_one = None
+        if sizes[0] == 1:
+            counters[1] = OperationCounter()
+            at_one = tracer.last_stage(precision, (1, 1), counters)
+        costs = [counter.costs(size, len(stages)) for size, counter in counters.items()]
+        times = _times(workload, stages, optimizer, precision, sizes, target, costs)
+    return ChunkedHead(
+        chunks=CHUNKS, memory=memory, memory_at_one=at_one, wall=tuple(step.stages[-1] for step in times),
+        process_cpu=None,
+    )  # fmt: skip
 
 
 def stage_records(stages: Sequence[Stage]) -> tuple[StageRecord, ...]:

@@ -100,7 +100,8 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['model']} {flags:28} {row['label']:6} b={row['micro_batch_size']:<3}"
         f"k={row['gradient_accumulation_steps']:<2} {row['precision']} "
         f"segments={row['segments']:<3} step {predicted['step_seconds']:.3f} s ({errors['step_seconds']:+.1%} wall, "
-        f"{errors['step_cpu_seconds']:+.1%} CPU, {errors['steady_seconds']:+.1%} at the device's speed)  peak {mib:.1f} MiB ({errors['peak_memory_bytes']:+.3%})"
+        f"{errors['step_cpu_seconds']:+.1%} CPU, {errors['steady_seconds']:+.1%} at the device's speed)  "
+        f"peak {mib:.1f} MiB ({errors['peak_memory_bytes']:+.3%})"
     )
 
 
