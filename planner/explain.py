@@ -53,6 +53,7 @@ class Alternative(Record):
     precision: Precision
     segments: int
     checkpoint: str
+    loss_chunks: int | None
     fits: bool
     same: bool
     step_seconds: float
@@ -165,6 +166,7 @@ def _beside(plan: Plan, name: str, choice: Choice) -> Alternative:
         precision=choice.precision,
         segments=len(choice.checkpoint),
         checkpoint=checkpoint_text(choice.checkpoint, choice.loss_chunks),
+        loss_chunks=choice.loss_chunks,
         fits=choice.fits,
         same=knobs
         == (plan.micro_batch_size, plan.precision, plan.zero_stage, plan.loss_chunks, plan.checkpoint),

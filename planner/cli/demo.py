@@ -114,6 +114,7 @@ def _table(plain: dict[str, Any], best: dict[str, Any]) -> str:
         lines.append(
             f"{title}: micro-batch {b} x {k} accumulation steps, {document['precision']}, "
             + (f"{len(segments)} recomputed segments" if segments else "nothing recomputed")
+            + (f", the loss in {document['loss_chunks']} chunks" if document.get("loss_chunks") else "")
         )
     said = ["fits" if document["measured"]["peak_memory_bytes"] <= BUDGET_BYTES else "does not fit"
             for document in (plain, best)]  # fmt: skip

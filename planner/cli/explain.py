@@ -134,9 +134,10 @@ def _at_budget(other: Alternative, why: Explanation) -> str:
         return f"this very plan, from {of_bytes(other.budget_bytes)} on ({other.budget_bytes} bytes)"
     beyond = other.budget_bytes - (why.memory_budget_bytes or other.budget_bytes)
     more = f", {of_bytes(beyond)} more than now" if beyond > 0 else ""
+    chunks = f", the loss in {other.loss_chunks} chunks" if other.loss_chunks else ""
     counted = "1 segment" if other.segments == 1 else f"{other.segments or 'no'} segments"
     return (
         f"{of_seconds(other.step_seconds)} a step, {_speed(other)}; {other.precision}, "
-        f"micro-batch {other.micro_batch_size}, {counted}\n"
+        f"micro-batch {other.micro_batch_size}, {counted}{chunks}\n"
         f"from {of_bytes(other.budget_bytes)} on ({other.budget_bytes} bytes{more})"
     )

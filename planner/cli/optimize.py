@@ -182,6 +182,7 @@ def show(plan: Plan, path: Path, study: str | None) -> None:
                 ("precision", plan.precision),
                 ("recomputed", recomputed[0]),
                 *(("", line) for line in recomputed[1:]),
+                *([("loss", f"in {plan.loss_chunks} chunks of the tokens")] if plan.loss_chunks else []),
                 ("", ""),
                 (
                     "step time",

@@ -1,0 +1,346 @@
+"""Where to recompute: plans of ours beside what else one can do, side by side in one process.
+
+    plain                   nothing is recomputed
+    every block             transformers' gradient_checkpointing_enable(), or torch's checkpoint around each block
+    sqrt(L)                 the classic prior, of blocks
+    sequential n            torch.utils.checkpoint.checkpoint_sequential over the blocks, n of 2 .. 8
+    compiler x              activation_memory_budget = x of the min-cut partitioner, kernels as in eager mode
+    ours                    planner.optimize at 80, 65 and 50% of the plain peak, and at every rival's peak
+
+Each runs real steps. Its peak is the allocator's; its time is that of steps that take turns, round after round, so the
+machine's moods meet all of them: the median over the rounds of its time over that of the plain steps around it.
+
+    python -m studies.placement             # --device cuda on a GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import gc
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import torch
+import torchvision
+from torch import nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from executor.engine import apply_checkpoints
+from executor.verification import Clocks
+from planner.cost import instead
+from planner.plan import NoFeasiblePlan, Plan
+from planner.search import optimize
+from profiler import device as devices
+from profiler.allocator import measure_step
+from profiler.measure import profile as profile_workload
+from profiler.timing import stepper_for, to_device
+from profiler.workload import Workload
+from studies.runs import RESULTS, provenance, write
+from studies.workloads import classifier, gpt2_medium, language_model
+
+BUDGETS = (0.8, 0.65, 0.5)
+"""Shares of the plain peak."""
+
+COMPILER_BUDGETS = (0.8, 0.5, 0.2, 0.0)
+SEQUENTIAL_SEGMENTS = (2, 3, 4, 5, 6, 7, 8)
+ROUNDS = 7
+
+Row = dict[str, Any]
+Applied = contextlib.AbstractContextManager[nn.Module]
+"""The model with a strategy on it, while the context is open."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """A model, its micro-batch size, and where its blocks are: a ModuleList or Sequential that the forward walks."""
+
+    name: str
+    build: Callable[[], Workload]
+    size: int
+    blocks: Callable[[Any], nn.ModuleList | nn.Sequential]
+
+
+class Flat(nn.Module):
+    """ResNet-50 as one sequence of pieces, which checkpoint_sequential asks for."""
+
+    def __init__(self, model: torchvision.models.ResNet) -> None:
+        super().__init__()
+        layers = (*model.layer1, *model.layer2, *model.layer3, *model.layer4)
+        self.stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
+        self.blocks = nn.Sequential(*layers)
+        self.head = nn.Sequential(model.avgpool, nn.Flatten(), model.fc)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.head(self.blocks(self.stem(x)))
+        return scores
+
+
+def gpt2(sequence_length: int) -> Workload:
+    """GPT-2 small."""
+    config = GPT2Config(use_cache=False)
+    return language_model(GPT2LMHeadModel(config), config.vocab_size, sequence_length)
+
+
+def resnet50(image_size: int) -> Workload:
+    """ResNet-50 with ten classes."""
+    return classifier(Flat(torchvision.models.resnet50(num_classes=10)), 3, image_size, image_size)
+
+
+ON_CPU = (
+    Case(name="gpt2", build=lambda: gpt2(256), size=2, blocks=lambda model: model.transformer.h),
+    Case(name="resnet50", build=lambda: resnet50(64), size=32, blocks=lambda model: model.blocks),
+)
+ON_CUDA = (
+    Case(name="gpt2-medium", build=gpt2_medium, size=8, blocks=lambda model: model.transformer.h),
+    Case(name="resnet50", build=lambda: resnet50(224), size=64, blocks=lambda model: model.blocks),
+)
+
+
+@contextlib.contextmanager
+def plain(model: nn.Module) -> Iterator[nn.Module]:
+    yield model
+
+
+@contextlib.contextmanager
+def every_block(model: Any, blocks: nn.ModuleList | nn.Sequential) -> Iterator[nn.Module]:
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is not None:
+        enable({"use_reentrant": False})
+        try:
+            yield model
+        finally:
+            model.gradient_checkpointing_disable()
+        return
+    with _replaced_forwards(
+        {block: functools.partial(checkpoint, block.forward, use_reentrant=False) for block in blocks}
+    ):
+        yield model
+
+
+@contextlib.contextmanager
+def _replaced_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
+
+
+@contextlib.contextmanager
+def sequential(model: nn.Module, blocks: nn.Sequential, segments: int) -> Iterator[nn.Module]:
+    """torch's own, over a model's nn.Sequential of blocks."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        pieces = list(blocks)
+        y: torch.Tensor = checkpoint_sequential(pieces, segments, x, use_reentrant=False)  # type: ignore[no-untyped-call]
+        return y
+
+    with _replaced_forwards({blocks: forward}):
+        yield model
+
+
+@contextlib.contextmanager
+def planned(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
+    checkpoints = apply_checkpoints(model, plan)
+    try:
+        yield model
+    finally:
+        checkpoints.remove()
+
+
+class Compiled:
+    """The model compiled once with a budget of the partitioner; its parameters are the model's own."""
+
+    def __init__(self, model: nn.Module, budget: float) -> None:
+        self._budget = budget
+        self._compiled: Any = torch.compile(model, backend="aot_eager_decomp_partition")
+
+    @contextlib.contextmanager
+    def __call__(self, model: nn.Module) -> Iterator[nn.Module]:
+        from torch._functorch import config
+
+        with config.patch(activation_memory_budget=self._budget):
+            yield self._compiled
+
+
+class Steps:
+    """Plain optimizer steps of one micro-batch on a model that somebody has changed."""
+
+    def __init__(self, workload: Workload, size: int, device: torch.device) -> None:
+        self._workload = workload
+        self._device = device
+        self._batch = to_device(workload.batch(size), device)
+        self._stepper = stepper_for(workload, "adamw", "fp32", device)
+
+    def run(self, applied: Applied) -> float:
+        """Seconds of one step: of the CPU's own clock, or on CUDA of the wall's."""
+        clocks = Clocks()
+        with applied as model, clocks.timing(self._device):
+            self._step(model)
+        return (clocks.cpu if self._device.type == "cpu" else clocks.wall)[0]
+
+    def peak_bytes(self, applied: Applied) -> int:
+        """The allocator's, over one step."""
+        with applied as model:
+            return measure_step(
+                lambda: self._step(model),
+                self._workload.model,
+                self._stepper.optimizer,
+                [self._batch],
+                self._device,
+            ).peak_bytes
+
+    def _step(self, model: nn.Module) -> None:
+        dataclasses.replace(self._stepper, model=model).step([self._batch], 1)
+
+
+def strategies(case: Case, workload: Workload) -> dict[str, Callable[[], Applied]]:
+    """What else one can do, by name."""
+    model, blocks = workload.model, case.blocks(workload.model)
+    found: dict[str, Callable[[], Applied]] = {
+        "plain": lambda: plain(model),
+        "every block": lambda: every_block(model, blocks),
+    }
+    if isinstance(blocks, nn.Sequential):
+        for n in SEQUENTIAL_SEGMENTS:
+            found[f"sequential {n}"] = functools.partial(sequential, model, blocks, n)
+    for budget in COMPILER_BUDGETS:
+        torch._dynamo.reset()
+        found[f"compiler {budget:g}"] = functools.partial(Compiled(model, budget), model)
+    return found
+
+
+def measured(case: Case, device: torch.device) -> list[Row]:
+    """Every strategy's peak and time, and our plans at the budgets and at each rival's peak."""
+    torch.manual_seed(0)
+    workload = case.build()
+    workload.model.to(device)
+    size = case.size
+    profile = profile_workload(
+        workload, batch_sizes=(size,), precisions=("fp32",), device=str(device),
+        progress=lambda message: print(f"  {case.name}: {message}", file=sys.stderr, flush=True),
+    )  # fmt: skip
+    steps = Steps(workload, size, device)
+    # A loss in chunks is another model to the rivals' eyes.
+    whole_loss = tuple(msgspec.structs.replace(each, chunked_head=None) for each in profile.precisions)
+    profile = msgspec.structs.replace(profile, precisions=whole_loss)
+    without_limit = optimize(profile, size)
+    run = strategies(case, workload)
+    sqrt = instead(without_limit, without_limit.baselines.sqrt)
+    run["sqrt(L)"] = functools.partial(planned, workload.model, sqrt)
+    rows: dict[str, Row] = {}
+    for name, make in run.items():
+        steps.run(make())
+        rows[name] = {"model": case.name, "strategy": name, "peak_memory_bytes": steps.peak_bytes(make())}
+        print(f"{case.name:12} {name:16} peak {rows[name]['peak_memory_bytes'] / 2**20:9.1f} MiB", flush=True)
+    whole = rows["plain"]["peak_memory_bytes"]
+    budgets = {f"ours, {share:.0%}": int(share * whole) for share in BUDGETS}
+    budgets |= {f"ours for {name}": row["peak_memory_bytes"] for name, row in rows.items() if name != "plain"}
+    for name, budget in budgets.items():
+        try:
+            error = without_limit.prediction.error.peak_memory_bytes
+            plan = optimize(profile, size, int(budget * (1 + error)) + 1)
+        except NoFeasiblePlan:
+            rows[name] = {"model": case.name, "strategy": name, "budget_bytes": budget, "plan": None}
+            continue
+        run[name] = functools.partial(planned, workload.model, plan)
+        steps.run(run[name]())
+        rows[name] = {
+            "model": case.name, "strategy": name, "budget_bytes": budget,
+            "peak_memory_bytes": steps.peak_bytes(run[name]()),
+            "predicted_peak_memory_bytes": plan.prediction.peak_memory_bytes,
+            "segments": [[s.first, s.last, s.mode] for s in plan.checkpoint],
+        }  # fmt: skip
+    for name, ratios in _in_turns(run, steps).items():
+        rows[name] |= {
+            "relative_step_seconds": statistics.median(ratios),
+            "spread": (max(ratios) - min(ratios)) / 2,
+        }
+    return list(rows.values())
+
+
+def _in_turns(run: dict[str, Callable[[], Applied]], steps: Steps) -> dict[str, list[float]]:
+    """Of each strategy the step's time over the plain one's, round after round."""
+    ratios: dict[str, list[float]] = {name: [] for name in run}
+    for _ in range(ROUNDS):
+        before = steps.run(run["plain"]())
+        for name, make in run.items():
+            gc.collect()
+            taken = steps.run(make())
+            after = steps.run(run["plain"]())
+            ratios[name].append(taken / ((before + after) / 2))
+            before = after
+    return ratios
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Placements of ours beside what else one can do.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", help="one model")
+    options = parser.parse_args()
+    device = devices.resolve(options.device)
+    cases = ON_CUDA if device.type == "cuda" else ON_CPU
+    rows: list[Row] = []
+    for case in cases:
+        if options.only in (None, case.name):
+            rows += measured(case, device)
+    for row in rows:
+        print(line(row))
+    name = "placement-" + devices.describe(device).name.lower().split(" with")[0].replace(" ", "-")[:24]
+    head = provenance(f"python -m studies.placement --device {options.device}")
+    print(f"written to {write(name, head | {'device': devices.describe(device).name, 'rows': rows})}")
+    draw(rows, name)
+    return 0
+
+
+def line(row: Row) -> str:
+    if row.get("plan", ...) is None:
+        return f"{row['model']:12} {row['strategy']:28} no plan within {row['budget_bytes'] / 2**20:.1f} MiB"
+    return (
+        f"{row['model']:12} {row['strategy']:28} peak {row['peak_memory_bytes'] / 2**20:9.1f} MiB   "
+        f"time {row['relative_step_seconds']:.3f} of plain (± {row['spread']:.3f})"
+    )
+
+
+def draw(rows: Sequence[Row], name: str) -> None:
+    """Memory on one axis, time on the other."""
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, panels = plt.subplots(1, len(models), figsize=(6 * len(models), 4.2), squeeze=False)
+    for panel, model in zip(panels[0], models, strict=True):
+        of_model = [row for row in rows if row["model"] == model and "relative_step_seconds" in row]
+        kinds: dict[str, list[Row]] = {"ours": [], "compiler": [], "sequential": [], "other": []}
+        for row in of_model:
+            kind = next((k for k in kinds if row["strategy"].startswith(k)), "other")
+            kinds[kind].append(row)
+        for kind, marker in (("ours", "o-"), ("compiler", "s"), ("sequential", "^"), ("other", "D")):
+            points = sorted((r["peak_memory_bytes"] / 2**20, r["relative_step_seconds"]) for r in kinds[kind])
+            if points:
+                panel.plot(*zip(*points, strict=True), marker, label=kind, markersize=5, linewidth=1)
+        for row in kinds["other"]:
+            panel.annotate(
+                row["strategy"], (row["peak_memory_bytes"] / 2**20, row["relative_step_seconds"]),
+                textcoords="offset points", xytext=(4, 4), fontsize=8,
+            )  # fmt: skip
+        panel.set_title(model)
+        panel.set_xlabel("peak memory, MiB")
+        panel.set_ylabel("step time over the plain step's")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(RESULTS / f"{name}.png", dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
