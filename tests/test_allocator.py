@@ -11,11 +11,12 @@ from profiler.allocator import AllocatorMeter, bytes_of, measure_step
 from profiler.chain import discover
 from profiler.events import Accumulate, Alloc, Enter, Event, Free, Operate, Save, Trace, settle
 from profiler.memory import MemoryTracer
+from profiler.profile_record import Precision
 from profiler.step import Stepper, build_optimizer
 from profiler.timing import stepper_for
 from profiler.workload import Workload
 from profiler.workspaces import Workspaces, kind_of
-from tests.models import cnn, gpt2
+from tests.models import ZOO, cnn, gpt2
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -160,6 +161,43 @@ def test_scratch_memory_of_convolutions_is_what_the_prediction_lacks_without_wat
     assert unwatched < 0.95 * real
     traced, real = traced_and_real(cnn(), 4, watch=True)
     assert traced == real
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_operations_tried_out_one_by_one_tell_what_a_whole_step_takes(
+    name: str, precision: Precision
+) -> None:
+    workload = ZOO[name]()
+    workspaces = Workspaces(CPU, trying_bytes=2**24)
+    tracer = MemoryTracer(workload, discover(workload), "adamw", workspaces=workspaces)
+    traced = tracer.plain_peak_bytes(precision, 4)
+    stepper = stepper_for(workload, "adamw", precision, CPU)
+    batches = [workload.batch(4) for _ in range(2)]
+    stepper.step(batches, 2)
+    real = measure_step(lambda: stepper.step(batches, 2), workload.model, stepper.optimizer, batches, CPU)
+    assert not workspaces.refused
+    assert traced == pytest.approx(real.peak_bytes, abs=1024)
+
+
+def test_an_operation_that_is_too_large_to_be_tried_is_refused() -> None:
+    workload = cnn()
+    workspaces = Workspaces(CPU, trying_bytes=1024)
+    MemoryTracer(workload, discover(workload), "sgd", workspaces=workspaces).plain_peak_bytes("fp32", 4)
+    assert any(kind.function is torch.ops.aten.convolution.default for kind in workspaces.refused)
+
+
+def test_an_operation_that_reads_another_kernels_buffer_is_not_tried_on_zeros() -> None:
+    """An LSTM's backward kernel would kill the process."""
+    model = nn.LSTM(8, 8, batch_first=True)
+    workload = Workload(
+        model=model,
+        batch=lambda size: torch.ones(size, 5, 8),
+        loss=lambda model, batch: model(batch)[0].square().mean(),
+    )
+    workspaces = Workspaces(CPU, trying_bytes=2**24)
+    MemoryTracer(workload, discover(workload), "sgd", workspaces=workspaces).plain_peak_bytes("fp32", 4)
+    assert any("backward" in kind.function.__name__ for kind in workspaces.refused)
 
 
 def test_kinds_are_equal_for_equal_shapes_and_differ_in_strides_types_and_scalars() -> None:

@@ -17,7 +17,7 @@ import planner
 import profiler
 from executor.errors import PlanDoesNotFit
 from planner.cli import main
-from planner.cost import UNCHECKED_MEMORY_ERROR
+from planner.cost import TRIED_KERNELS_ERROR, UNCHECKED_MEMORY_ERROR
 from profiler import absent as absent_cuda
 from profiler import records, shapes
 from profiler.absent import (
@@ -184,6 +184,17 @@ def test_planning_with_it_works_states_wide_errors_and_runs_nowhere_else(h200: P
     assert tight.prediction.peak_memory_bytes <= plan.prediction.peak_memory_bytes
     with pytest.raises(PlanDoesNotFit, match="NVIDIA H200"):
         executor.verify(plan, models.gpt2())
+
+
+def test_on_the_device_that_is_here_kernels_are_tried_and_the_error_is_stated_narrow() -> None:
+    workload = models.cnn()
+    found = profiler.profile(workload, (2, 4), ("fp32",), "cpu", fake=True)
+    assert found.kernels_tried
+    assert found.cost.micro_batches_run == 0
+    plan = planner.optimize(found, 4)
+    assert plan.prediction.error.peak_memory_bytes == TRIED_KERNELS_ERROR
+    measured = executor.verify(plan, workload, steps=1)
+    assert abs(measured.relative_error["peak_memory_bytes"] or 1.0) < TRIED_KERNELS_ERROR
 
 
 def test_a_precision_that_the_device_lacks_is_left_out() -> None:
