@@ -20,16 +20,21 @@ what it began with; the first of *its* holders that is opened replays it in turn
     replay of the outer one    [ kept ][ inside: inputs and random state are kept, nothing is filled ][ kept ]
     later, of the inner one                       [ kept                                ]
 
+What modules are handed besides tensors may have a state: a cache of keys and values knows what it has seen. A replay
+gets such an object as it was when the segment first met it.
+
 A *selective* segment keeps the outputs of its products and attention, and a replay takes them from there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -210,6 +215,13 @@ class _Slot:
     index: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Thing:
+    """Stands for an object with a state of its own, as it was when the segment first met it."""
+
+    index: int
+
+
 @dataclass(slots=True)
 class _Recorded:
     function: Callable[..., Any]
@@ -246,6 +258,7 @@ class _Region:
     inside: list[_Region] = field(default_factory=list)
     calls: list[_Recorded] | None = None
     slots: dict[int, Any] = field(default_factory=dict)
+    things: dict[int, Any] = field(default_factory=dict)
     random: _RandomState | None = None
 
     def end(self, calls: int, holders: int) -> None:
@@ -333,6 +346,7 @@ class _Recorder(TorchFunctionMode):
         self._kept: list[_Kept] = []
         self._kept_needed = 0
         self._slots: dict[int, tuple[Any, int, bool]] = {}
+        self._things: dict[int, tuple[Any, int]] = {}
         self._slot_count = 0
         self._holders: list[weakref.ref[_Holder]] = []
         self._inside: nn.Module | None = None
@@ -386,6 +400,7 @@ class _Recorder(TorchFunctionMode):
         if self._versions is not None:
             self._owner.note_buffers(self._owner.index(self.stretch), self._versions)
         self._slots.clear()
+        self._things.clear()
         self._pending = self._inside = None
         last_use: dict[int, int] = {}
         for position, call in enumerate(self._calls):
@@ -444,9 +459,17 @@ class _Recorder(TorchFunctionMode):
             if _is_made_by_custom_function(leaf) and not known[2]:
                 raise _outside_of_any_module(leaf)
             return _Slot(known[1])
-        if isinstance(leaf, torch.Tensor) and leaf.requires_grad and not leaf.is_leaf:
-            self._check_input(leaf)
-        return leaf
+        if isinstance(leaf, torch.Tensor):
+            if leaf.requires_grad and not leaf.is_leaf:
+                self._check_input(leaf)
+            return leaf
+        return self._thing(leaf) if _has_state(leaf) else leaf
+
+    def _thing(self, leaf: Any) -> _Thing:
+        _, index = self._things.setdefault(id(leaf), (leaf, len(self._things)))
+        if index not in self._root.things:
+            self._root.things[index] = _as_it_is(leaf)
+        return _Thing(index)
 
     def _check_input(self, tensor: torch.Tensor) -> None:
         if id(tensor) in self._input_ids:
@@ -484,8 +507,8 @@ class _Recorder(TorchFunctionMode):
         self._inputs, self._input_ids = [], set()
         assert region.calls is not None
         assert region.random is not None
-        calls, slots, random = region.calls, region.slots, region.random
-        region.calls, region.slots, region.random = None, {}, None
+        calls, slots, things, random = region.calls, region.slots, region.things, region.random
+        region.calls, region.slots, region.things, region.random = None, {}, {}, None
         counts = self._owner.counts
         counts[self._owner.index(region.stretch)][1] += 1
         last = region.last_own_holder
@@ -523,16 +546,17 @@ class _Recorder(TorchFunctionMode):
                     inside.calls = [calls.pop() for _ in range(inside.end_call - position)]
                     inside.random = _RandomState.capture()
                     inside.slots = {index: slots[index] for index in _used(inside.calls) if index in slots}
+                    inside.things = {index: _as_it_is(thing) for index, thing in things.items()}
                     if passed == last and not waiting:
                         raise _Full
                     for call in inside.calls:
-                        _run(call, slots)
+                        _run(call, slots, things)
                     for stretch in inside.stretch.with_all_inside():
                         counts[self._owner.index(stretch)][0] += 1
                     position = inside.end_call
                     inside = None
                 else:
-                    _run(calls.pop(), slots)
+                    _run(calls.pop(), slots, things)
                     position += 1
         if not region.inside and region is self._root:
             self._holders = []
@@ -546,8 +570,10 @@ def _used(calls: list[_Recorded]) -> Iterator[int]:
                 yield leaf.index
 
 
-def _run(call: _Recorded, slots: dict[int, Any]) -> None:
+def _run(call: _Recorded, slots: dict[int, Any], things: dict[int, Any]) -> None:
     def fetch(leaf: Any) -> Any:
+        if isinstance(leaf, _Thing):
+            return things[leaf.index]
         return slots[leaf.index] if isinstance(leaf, _Slot) else leaf
 
     args, kwargs = tree_map(fetch, call.args), tree_map(fetch, call.kwargs)
@@ -563,6 +589,36 @@ def _run(call: _Recorded, slots: dict[int, Any]) -> None:
     leaf = None
     for index in call.done_with:
         del slots[index]
+
+
+def _has_state(leaf: Any) -> bool:
+    """Whether an argument is an object that a module might change."""
+    kept_as_it_is = nn.Module | type | FunctionType | MethodType
+    return hasattr(leaf, "__dict__") and not isinstance(leaf, kept_as_it_is)
+
+
+def _as_it_is(thing: Any, copies: dict[int, Any] | None = None) -> Any:
+    """A copy of an object and of what it is made of, but for tensors, modules and functions: these are shared."""
+    copies = {} if copies is None else copies
+    made: Any
+    if id(thing) in copies:
+        return copies[id(thing)]
+    if isinstance(thing, list | set):
+        made = type(thing)(_as_it_is(each, copies) for each in thing)
+    elif isinstance(thing, tuple):
+        return tuple(_as_it_is(each, copies) for each in thing) if type(thing) is tuple else thing
+    elif isinstance(thing, dict):
+        made = copy.copy(thing)
+        made.update((key, _as_it_is(value, copies)) for key, value in thing.items())
+    elif not isinstance(thing, torch.Tensor) and _has_state(thing):
+        made = copy.copy(thing)
+        copies[id(thing)] = made
+        for name, value in vars(thing).items():
+            object.__setattr__(made, name, _as_it_is(value, copies))
+    else:
+        return thing
+    copies[id(thing)] = made
+    return made
 
 
 def _is_plain(leaf: Any) -> bool:

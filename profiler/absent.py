@@ -60,7 +60,7 @@ def standing_in(absent: AbsentCuda | None) -> Iterator[None]:
         with _PresentDevice():
             yield
         return
-    with _DeviceAnswers(), _Attention(absent.capability):
+    with _DeviceAnswers() as answers, _custom_functions(answers), _Attention(absent.capability):
         yield
 
 
@@ -104,12 +104,16 @@ class _DeviceAnswers(QuickMode):
         outputs = func(*args, **(kwargs or {}))
         self._fresh.clear()
         if torch.is_grad_enabled() and any(t.requires_grad for v in (args, kwargs) for t in tensors_in(v)):
-            self._fresh.update(
-                id(tensor)
-                for tensor in tensors_in(outputs)
-                if isinstance(tensor, FakeTensor) and tensor.is_floating_point()
-            )
+            self.made(outputs)
         return outputs
+
+    def made(self, outputs: Any) -> None:
+        """Autograd is about to ask about these outputs, which have a history."""
+        self._fresh.update(
+            id(tensor)
+            for tensor in tensors_in(outputs)
+            if isinstance(tensor, FakeTensor) and tensor.is_floating_point()
+        )
 
     def _device_of(self, tensor: torch.Tensor) -> torch.device:
         """In a backward pass gradients are enabled only where a forward pass is repeated."""
@@ -137,6 +141,37 @@ def autocast(dtype: torch.dtype) -> Iterator[None]:
         torch.set_autocast_enabled("cuda", enabled)
         torch.set_autocast_dtype("cuda", before)
         torch.set_autocast_cache_enabled(cached)
+
+
+@contextlib.contextmanager
+def _custom_functions(answers: _DeviceAnswers) -> Iterator[None]:
+    """A custom function runs forward without gradients, and its outputs have a history all the same."""
+    own = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        forward, defined = cls.forward, cls.__dict__.get("forward")
+        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in(args))
+
+        def remembered(*inner: Any, **options: Any) -> Any:
+            outputs = forward(*inner, **options)
+            if learns:
+                answers.made(outputs)
+            return outputs
+
+        cls.forward = staticmethod(remembered)
+        try:
+            return own.__get__(None, cls)(*args, **kwargs)
+        finally:
+            if defined is None:
+                del cls.forward
+            else:
+                cls.forward = defined
+
+    torch.autograd.Function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = own
 
 
 class _Attention(TorchFunctionMode):

@@ -19,13 +19,12 @@ import contextlib
 import inspect
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 CHUNKS = 16
 """In how many chunks the tokens of a micro-batch are cut: each has a sixteenth of the logits."""
@@ -124,12 +123,69 @@ class ChunkedLoss:
         size = -(-len(wanted) // self._chunks)
         for start in range(0, len(wanted), size):
             piece = states[start : start + size], wanted[start : start + size], ignore_index
-            total = total + checkpoint(self._sum_of, *piece, use_reentrant=False, preserve_rng_state=False)
+            total = total + _recomputed(self._sum_of, *piece)
         count = (wanted != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
         loss: torch.Tensor = total / count
         return loss
 
     def _sum_of(self, states: torch.Tensor, wanted: torch.Tensor, ignore_index: int) -> torch.Tensor:
-        return F.cross_entropy(
-            self._logits(states).float(), wanted, ignore_index=ignore_index, reduction="sum"
-        )
+        logits = self._logits(states).float()
+        return F.cross_entropy(logits, wanted, ignore_index=ignore_index, reduction="sum")
+
+
+class _Holder:
+    """What autograd keeps of a chunk instead of a saved tensor."""
+
+    __slots__ = ("__weakref__", "value")
+
+    def __init__(self) -> None:
+        self.value: torch.Tensor | None = None
+
+
+def _recomputed(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    """``function(*args)``, which keeps nothing for its backward pass but runs again in it.
+
+    As ``torch.utils.checkpoint``, whose autocast would turn itself off on a CUDA device that is only named.
+    """
+    holders: list[weakref.ref[_Holder]] = []
+    device_type = args[0].device.type
+    autocast = device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+
+    def pack(tensor: torch.Tensor) -> _Holder:
+        holder = _Holder()
+        holders.append(weakref.ref(holder))
+        return holder
+
+    def unpack(holder: _Holder) -> torch.Tensor:
+        if holder.value is None:
+            saved: list[torch.Tensor] = []
+            keeping = torch.autograd.graph.saved_tensors_hooks(
+                lambda t: saved.append(t.detach()), lambda t: t
+            )
+            with torch.enable_grad(), _autocast_of(*autocast), keeping:
+                function(*args)
+            for reference, tensor in zip(holders, saved, strict=True):
+                waiting = reference()
+                if waiting is not None:
+                    waiting.value = tensor
+        assert holder.value is not None
+        return holder.value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return function(*args)
+
+
+@contextlib.contextmanager
+def _autocast_of(device_type: str, enabled: bool, dtype: torch.dtype) -> Iterator[None]:
+    """Autocast as it was, for a device that need not be here; nothing that is cast is kept."""
+    now = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    keeps = torch.is_autocast_cache_enabled()
+    torch.set_autocast_enabled(device_type, enabled)
+    torch.set_autocast_dtype(device_type, dtype)
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device_type, now[0])
+        torch.set_autocast_dtype(device_type, now[1])
+        torch.set_autocast_cache_enabled(keeps)
