@@ -79,12 +79,11 @@ def auto_checkpoint(
     if torch.is_autocast_enabled(device.type):
         precision = PRECISIONS[torch.get_autocast_dtype(device.type)]
     share, limit_bytes = _budget(memory_budget)
-    with torch.autocast(device.type, enabled=False):
-        profile = profile_unmeasured(
-            workload, (samples,), (precision,), target_of(str(device), (precision, "fp32")),
-            optimizer=optimizer, watts=None, spec=None, progress=lambda message: None, all_precisions=True,
-            trying_bytes=min(limit_bytes // TRYING_SHARE, TRYING_BYTES) if limit_bytes else TRYING_BYTES,
-        )  # fmt: skip
+    profile = profile_unmeasured(
+        workload, (samples,), (precision,), target_of(str(device), (precision, "fp32")),
+        optimizer=optimizer, watts=None, spec=None, progress=lambda message: None, all_precisions=True,
+        trying_bytes=min(limit_bytes // TRYING_SHARE, TRYING_BYTES) if limit_bytes else TRYING_BYTES,
+    )  # fmt: skip
     global_batch_size = samples * gradient_accumulation_steps
     if limit_bytes is None:
         plain = optimize(profile, global_batch_size, precisions=(precision,)).baselines.plain.prediction

@@ -32,7 +32,7 @@ import contextlib
 import copy
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import FunctionType, MethodType
 from typing import Any
@@ -113,7 +113,7 @@ class Checkpoints:
         self._handles: list[Any] = []
         boundaries = {c.module for s in every for c in (s.enter, s.leave) if c is not None}
         ancestors = {name[:i] for name in boundaries for i, char in enumerate(name) if char == "."} | {""}
-        whole = {name for name in modules if name not in ancestors and name.rpartition(".")[0] in ancestors}
+        whole = set(_outermost_called(modules, ancestors))
         for name in sorted(boundaries | whole):
             module = modules[name]
             hook = self._entering(name, whole=name in whole)
@@ -208,6 +208,19 @@ class Checkpoints:
         return segment in self._changed_buffers
 
 
+def _outermost_called(modules: Mapping[str, nn.Module], ancestors: Container[str]) -> Iterator[str]:
+    """The modules that are called by those ancestors themselves: their children, and theirs where a child is a list."""
+    open_lists: set[str] = set()
+    for name, module in modules.items():
+        parent = name.rpartition(".")[0]
+        if name in ancestors or not (parent in ancestors or parent in open_lists):
+            continue
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            open_lists.add(name)
+        else:
+            yield name
+
+
 @dataclass(frozen=True, slots=True)
 class _Slot:
     """Stands for a tensor (or object) that an earlier recorded call returned."""
@@ -286,7 +299,9 @@ class _Kept:
 
     @classmethod
     def of(cls, outputs: Any) -> _Kept:
-        outputs = tree_map_only(torch.Tensor, torch.Tensor.detach, outputs)
+        # With this key the copy counts what is written into the original, as one made above autograd would.
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+            outputs = tree_map_only(torch.Tensor, torch.Tensor.detach, outputs)
         return cls(outputs, _versions(outputs))
 
 

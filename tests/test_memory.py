@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from planner.memory import constant_bytes, optimizer_peak_bytes, peak_window, plan_units, timeline
 from planner.nested import PLAIN, Placed, depths
 from planner.placement import Units, pareto
+from profiler import memory
 from profiler.chain import Stage, discover, recomputable_stages
 from profiler.memory import MemoryTracer, upper_envelope
 from profiler.profile_record import (
@@ -139,6 +140,12 @@ def test_constant_bytes_are_parameters_their_adam_state_buffers_and_batches() ->
     tensors = 10
     sample = 12 * 4 + 8
     assert constant_bytes(curves("mlp", "fp32"), 6, 2) == 3 * 4 * numbers + 4 * tensors + 2 * 6 * sample
+
+
+def test_the_second_run_of_a_selective_stage_has_its_products_from_the_beginning() -> None:
+    """Made until the end: 5 and 8 bytes, of which the 8 are needed: levels of 3, 9 and 20 with 0, 5, 8 of them made."""
+    analysis = memory._SelectiveAnalysis(hold_bytes=8, points=3, rebuild=[(3, 0), (9, 5), (20, 8), (99, 8)])
+    assert analysis.rebuilt() == [3 + 8, 9 + 3, 20]
 
 
 # What follows needs no model: profiles made of random numbers.

@@ -324,6 +324,22 @@ def test_every_published_budget_gets_its_optimum_and_a_schedule_that_keeps_to_it
             assert list(placement.schedule) == operations(plan_of(len(chain.forward), placement.segments))
 
 
+@pytest.mark.parametrize("in_steps", [False, True])
+def test_a_nested_plan_may_be_at_its_worst_while_it_drops(
+    in_steps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage 1 takes 20 while it runs. Kept: x_0, xb_0 and 3 + 20. Dropped first, x_1 and x_2 beside it: 2 + 2 + 20."""
+    if in_steps:
+        monkeypatch.setattr(nested, "MOST_SLOTS", 0)
+    chain = Chain(
+        forward=(1, 1, 1), backward=(1, 1, 1), input=(1, 2, 2, 30), kept=(9, 3, 30), forward_transient=(0, 20, 0),
+        backward_transient=(0, 0, 0),
+    )  # fmt: skip
+    length = len(chain.forward)
+    plans = every_nested_plan(length, 0, length)
+    assert frontier(chain, nested=True) == best_of(execute(chain, plan) for plan in plans)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_nested_frontier_equals_the_published_one(name: str) -> None:
     assert frontier(published_chain(name), nested=True) == tuple(

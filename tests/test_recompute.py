@@ -337,6 +337,87 @@ def test_a_segment_holds_its_input_and_nothing_else_until_its_backward() -> None
     assert held == [5 * size, 2 * size]
 
 
+def test_a_selective_segment_holds_its_input_and_the_products_that_are_needed_again() -> None:
+    """Of Tanh, Linear, Tanh, Linear the second product is nobody's input: the input and the first product stay, and
+    the last output, which the loss holds; Tanh before keeps its own output, which is the segment's input."""
+    model = nn.Sequential(
+        nn.Linear(64, 64, bias=False), nn.Tanh(), nn.Tanh(), nn.Linear(64, 64, bias=False), nn.Tanh(),
+        nn.Linear(64, 64, bias=False), nn.Flatten(),
+    )  # fmt: skip
+    x, size = torch.randn(256, 64), 256 * 64 * 4
+    entries = [Call.parse(name) for name in ("2", "6")]
+    Checkpoints(model, [Stretch(*entries, selective=True)])
+    with LiveStorages() as live:
+        live.track(model.parameters())
+        before = live.live_bytes
+        output = model(x)
+        assert live.live_bytes - before == 3 * size
+        del output
+
+
+class InPlace(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.add_(1.0)
+
+
+def test_a_product_that_is_changed_in_place_is_not_kept_in_silence() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), InPlace(), nn.Tanh(), nn.Linear(8, 8))
+    Checkpoints(model, [Stretch(Call.parse("1"), Call.parse("5"), selective=True)])
+    loss = model(torch.randn(4, 8)).sum()
+    with pytest.raises(
+        SegmentError, match=r"addmm.* was changed in place, so a selective segment cannot keep it"
+    ):
+        loss.backward()
+
+
+class Cached(nn.Module):
+    """Blocks that leave something in an object that is handed through, and take another way when it is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(Caching() for _ in range(3))
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        cache = Cache()
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x, cache=cache)
+        return self.last(x)
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.seen: dict[int, list[torch.Tensor]] = {}
+
+
+class Caching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, *, cache: Cache) -> torch.Tensor:
+        known = cache.seen.setdefault(id(self), [])
+        known.append(torch.tanh(self.linear(x)))
+        return x + sum(known)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_cache_is_as_it_was_when_the_segment_runs_again(nested: bool) -> None:
+    torch.manual_seed(2)
+    model, x = Cached(), torch.randn(4, 8)
+    gradients = []
+    inside = (stretch("blocks.0", "blocks.1"),) if nested else ()
+    for segments in ([], [Stretch(Call.parse("blocks.0"), Call.parse("last"), inside=inside)]):
+        checkpoints = Checkpoints(model, segments)
+        model.zero_grad()
+        model(x).sum().backward()
+        checkpoints.remove()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(map(torch.equal, *gradients))
+
+
 def test_nothing_waits_for_the_garbage_collector() -> None:
     """A forward pass that is never differentiated, and a segment that saves nothing, let go of their inputs."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Flatten(), nn.AdaptiveAvgPool1d(1), nn.Linear(1, 8))
