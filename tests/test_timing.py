@@ -61,8 +61,8 @@ def test_a_stage_that_naps_is_timed_as_napping_and_the_windows_make_up_the_step(
     forward = [stage.forward_seconds for stage in timing.wall.stages]
     for seconds, nap in zip(forward, (0.01, 0.05, 0.02), strict=True):
         assert nap <= seconds < nap + 0.03
-    assert all(0 <= (s.kept_seconds or 0.0) <= s.recompute_seconds for s in timing.wall.stages)
-    assert [s.kept_seconds for s in timing.wall.stages] == [0.0] * 3
+    # The product of each is what a selective segment keeps, and next to nothing beside the nap.
+    assert all(0 < (stage.kept_seconds or 0.0) < 0.005 for stage in timing.wall.stages)
     assert sum(step_parts(timing.wall, 2, PLAIN).values()) == pytest.approx(timing.wall.step_seconds)
     assert all(stage.recompute_seconds <= stage.forward_seconds for stage in timing.wall.stages)
     assert timing.process_cpu is not None
