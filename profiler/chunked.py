@@ -25,9 +25,17 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
-CHUNKS = 16
-"""In how many chunks the tokens of a micro-batch are cut: each has a sixteenth of the logits."""
+TOKENS_PER_CHUNK = 256
+"""Of the largest micro-batch: fewer make slow products, more make large logits."""
+
+
+def chunks_for(batch: Any) -> int:
+    """In how many chunks to cut micro-batches of which this is the largest; its tokens are its largest integers."""
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+    tokens = max((tensor.numel() for tensor in tensors if not tensor.is_floating_point()), default=0)
+    return max(2, tokens // TOKENS_PER_CHUNK)
 
 
 class ChunkedLossError(ValueError):
@@ -47,9 +55,9 @@ def can_be_chunked(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def in_chunks(model: nn.Module) -> Iterator[None]:
+def in_chunks(model: nn.Module, chunks: int) -> Iterator[None]:
     """The model with its loss in chunks while the context is open."""
-    chunked = ChunkedLoss(model)
+    chunked = ChunkedLoss(model, chunks)
     try:
         yield
     finally:
@@ -62,7 +70,7 @@ class ChunkedLoss:
     Outputs have no ``logits`` meanwhile: there are none.
     """
 
-    def __init__(self, model: Any, chunks: int = CHUNKS) -> None:
+    def __init__(self, model: Any, chunks: int) -> None:
         if not can_be_chunked(model):
             raise ChunkedLossError(
                 f"{type(model).__name__} must be a causal language model of transformers with a linear head and its "

@@ -20,7 +20,7 @@ from profiler import catalogue, energy, noise
 from profiler import device as devices
 from profiler.allocator import measure_step
 from profiler.chain import discover
-from profiler.chunked import CHUNKS, can_be_chunked, in_chunks
+from profiler.chunked import can_be_chunked, chunks_for, in_chunks
 from profiler.communication import measure_link
 from profiler.live import CUDA_BLOCK_BYTES
 from profiler.memory import MemoryTracer
@@ -159,10 +159,11 @@ def profile(
                     )
                 )
             chunked: list[tuple[StageTime, StageTime | None]] = []
-            if can_be_chunked(placed.model):
-                with in_chunks(placed.model):
+            chunks = chunks_for(placed.batch(sizes[-1])) if can_be_chunked(placed.model) else None
+            if chunks is not None:
+                with in_chunks(placed.model, chunks):
                     for size, timing in zip(sizes, timings, strict=True):
-                        progress(f"{precision}: timing micro-batch {size} with the loss in {CHUNKS} chunks")
+                        progress(f"{precision}: timing micro-batch {size} with the loss in {chunks} chunks")
                         last = measure_last_stage(
                             placed, stages, timing, optimizer=optimizer, precision=precision,
                             micro_batch_size=size, device=target, workspaces=workspaces,
@@ -183,9 +184,9 @@ def profile(
                     memory_at_one=at_one and msgspec.structs.replace(at_one, other_bytes=unseen),
                     wall=tuple(timing.wall for timing in timings),
                     process_cpu=tuple(cpu) if len(cpu) == len(timings) else None,
-                    chunked_head=_chunked_head(placed, tracer, precision, sizes, chunked)
-                    if chunked
-                    else None,
+                    chunked_head=None
+                    if chunks is None
+                    else _chunked_head(placed, tracer, precision, sizes, chunks, chunked),
                 )
             )
         progress("measuring one real step's peak memory")
@@ -224,15 +225,16 @@ def _chunked_head(
     tracer: MemoryTracer,
     precision: Precision,
     sizes: Sequence[int],
+    chunks: int,
     times: Sequence[tuple[StageTime, StageTime | None]],
 ) -> ChunkedHead:
     """The last stage with the loss in chunks, which took ``times`` on the wall and on the process's clock."""
-    with in_chunks(workload.model):
+    with in_chunks(workload.model, chunks):
         memory = tracer.last_stage(precision, traced_sizes(sizes))
         at_one = tracer.last_stage(precision, (1, 1)) if sizes[0] == 1 else None
     cpu = [of_cpu for _, of_cpu in times if of_cpu is not None]
     return ChunkedHead(
-        chunks=CHUNKS,
+        chunks=chunks,
         memory=memory,
         memory_at_one=at_one,
         wall=tuple(wall for wall, _ in times),

@@ -23,7 +23,7 @@ from profiler import device as devices
 from profiler.absent import AbsentCuda, blas_workspace_bytes
 from profiler.catalogue import CatalogueDevice
 from profiler.chain import Stage, discover, recomputable_stages
-from profiler.chunked import CHUNKS, can_be_chunked, in_chunks
+from profiler.chunked import can_be_chunked, chunks_for, in_chunks
 from profiler.live import CUDA_BLOCK_BYTES
 from profiler.memory import MemoryTracer
 from profiler.parameters import parameter_records
@@ -173,8 +173,11 @@ def profile_unmeasured(
                 costs = [counter.costs(size, len(stages)) for size, counter in counters.items()]
                 head = None
                 if can_be_chunked(model):
-                    progress(f"{precision}: the same for the loss in {CHUNKS} chunks")
-                    head = _chunked_head(workload, stages, tracer, precision, sizes, optimizer, target)
+                    chunks = chunks_for(workload.batch(sizes[-1]))
+                    progress(f"{precision}: the same for the loss in {chunks} chunks")
+                    head = _chunked_head(
+                        workload, stages, tracer, precision, sizes, optimizer, target, chunks
+                    )
                 found.append(
                     PrecisionProfile(
                         precision=precision,
@@ -215,9 +218,10 @@ def _chunked_head(
     sizes: Sequence[int],
     optimizer: str,
     target: Target,
+    chunks: int,
 ) -> ChunkedHead:
     """The last stage with the loss in chunks."""
-    with in_chunks(workload.model):
+    with in_chunks(workload.model, chunks):
         counters = {size: OperationCounter() for size in traced_sizes(sizes)}
         memory = tracer.last_stage(precision, traced_sizes(sizes), counters)
         at_one = None
@@ -227,7 +231,7 @@ def _chunked_head(
         costs = [counter.costs(size, len(stages)) for size, counter in counters.items()]
         times = _times(workload, stages, optimizer, precision, sizes, target, costs)
     return ChunkedHead(
-        chunks=CHUNKS, memory=memory, memory_at_one=at_one, wall=tuple(step.stages[-1] for step in times),
+        chunks=chunks, memory=memory, memory_at_one=at_one, wall=tuple(step.stages[-1] for step in times),
         process_cpu=None,
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ Each runs real steps. Its peak is the allocator's; its time is that of steps tha
 machine's moods meet all of them: the median over the rounds of its time over that of the plain steps around it.
 
     python -m studies.placement             # --device cuda on a GPU
+    python -m studies.placement --chunks    # what the loss in chunks is worth, without running a step
 """
 
 from __future__ import annotations
@@ -36,12 +37,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from executor.engine import apply_checkpoints
 from executor.verification import Clocks
 from planner.cost import instead
-from planner.plan import NoFeasiblePlan, Plan
+from planner.plan import NoFeasiblePlan, Plan, Weights
 from planner.search import optimize
 from profiler import device as devices
 from profiler.allocator import measure_step
+from profiler.fake import without_memory
 from profiler.measure import profile as profile_workload
+from profiler.profile_record import Profile
 from profiler.timing import stepper_for, to_device
+from profiler.unmeasured import profile_unmeasured, target_of
 from profiler.workload import Workload
 from studies.runs import RESULTS, provenance, write
 from studies.workloads import classifier, gpt2_medium, language_model
@@ -159,18 +163,24 @@ def planned(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
 
 
 class Compiled:
-    """The model compiled once with a budget of the partitioner; its parameters are the model's own."""
+    """The model compiled once with a budget of the partitioner; its parameters are the model's own.
+
+    Each budget has a backend of its own: that is what the compiler tells compiled code apart by.
+    """
 
     def __init__(self, model: nn.Module, budget: float) -> None:
-        self._budget = budget
-        self._compiled: Any = torch.compile(model, backend="aot_eager_decomp_partition")
+        from torch._dynamo.backends.debugging import aot_eager_decomp_partition
+        from torch._functorch import config
+
+        def partitioned(graph: Any, inputs: Any) -> Any:
+            with config.patch(activation_memory_budget=budget):
+                return aot_eager_decomp_partition(graph, inputs)
+
+        self._compiled: Any = torch.compile(model, backend=partitioned)
 
     @contextlib.contextmanager
     def __call__(self, model: nn.Module) -> Iterator[nn.Module]:
-        from torch._functorch import config
-
-        with config.patch(activation_memory_budget=self._budget):
-            yield self._compiled
+        yield self._compiled
 
 
 class Steps:
@@ -215,7 +225,6 @@ def strategies(case: Case, workload: Workload) -> dict[str, Callable[[], Applied
         for n in SEQUENTIAL_SEGMENTS:
             found[f"sequential {n}"] = functools.partial(sequential, model, blocks, n)
     for budget in COMPILER_BUDGETS:
-        torch._dynamo.reset()
         found[f"compiler {budget:g}"] = functools.partial(Compiled(model, budget), model)
     return found
 
@@ -231,9 +240,7 @@ def measured(case: Case, device: torch.device) -> list[Row]:
         progress=lambda message: print(f"  {case.name}: {message}", file=sys.stderr, flush=True),
     )  # fmt: skip
     steps = Steps(workload, size, device)
-    # A loss in chunks is another model to the rivals' eyes.
-    whole_loss = tuple(msgspec.structs.replace(each, chunked_head=None) for each in profile.precisions)
-    profile = msgspec.structs.replace(profile, precisions=whole_loss)
+    profile = _whole_loss(profile)
     without_limit = optimize(profile, size)
     run = strategies(case, workload)
     sqrt = instead(without_limit, without_limit.baselines.sqrt)
@@ -287,7 +294,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Placements of ours beside what else one can do.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", help="one model")
+    parser.add_argument(
+        "--chunks", action="store_true", help="the tightest peaks with and without, no step is run"
+    )
     options = parser.parse_args()
+    if options.chunks:
+        return chunks()
     device = devices.resolve(options.device)
     cases = ON_CUDA if device.type == "cuda" else ON_CPU
     rows: list[Row] = []
@@ -301,6 +313,35 @@ def main() -> int:
     print(f"written to {write(name, head | {'device': devices.describe(device).name, 'rows': rows})}")
     draw(rows, name)
     return 0
+
+
+def chunks(size: int = 8, sequence_length: int = 1024) -> int:
+    """The least that GPT-2 small needs for a large micro-batch, with the loss whole and in chunks."""
+    gains = []
+    for device in ("h200-141gb", "cpu"):
+        with without_memory():
+            workload = gpt2(sequence_length)
+        profile = profile_unmeasured(
+            workload, (size,), ("fp32",), target_of(device, ("fp32",)), optimizer="adamw", watts=None, spec=None,
+            progress=lambda message: None, trying_bytes=0,
+        )  # fmt: skip
+        least = Weights(time=0.0, memory=1.0)
+        whole = optimize(_whole_loss(profile), size, weights=least).prediction
+        in_chunks = optimize(profile, size, weights=least)
+        peak = in_chunks.prediction.peak_memory_bytes
+        gains.append(1 - peak / whole.peak_memory_bytes)
+        print(
+            f"GPT-2 small, {size} x {sequence_length:,} tokens, fp32, {device}: the tightest plan needs "
+            f"{whole.peak_memory_bytes / 2**30:.2f} GiB with the loss whole ({whole.peak_at}), "
+            f"{peak / 2**30:.2f} GiB in {in_chunks.loss_chunks} chunks ({in_chunks.prediction.peak_at}): {gains[-1]:.0%} less"
+        )
+    return 0 if max(gains) >= 0.4 else 1
+
+
+def _whole_loss(profile: Profile) -> Profile:
+    """A loss in chunks is another model to the rivals' eyes."""
+    precisions = tuple(msgspec.structs.replace(each, chunked_head=None) for each in profile.precisions)
+    return msgspec.structs.replace(profile, precisions=precisions)
 
 
 def line(row: Row) -> str:

@@ -17,11 +17,14 @@ from executor.errors import PlanDoesNotFit
 from planner.cost import instead, name_segments
 from planner.explain import checkpoint_text
 from planner.nested import Placed
-from profiler.chunked import CHUNKS, ChunkedLoss, ChunkedLossError, can_be_chunked, in_chunks
+from profiler.chunked import ChunkedLoss, ChunkedLossError, can_be_chunked, chunks_for, in_chunks
 from profiler.live import LiveStorages
 from profiler.profile_record import Profile
 from profiler.workload import Workload
 from tests.models import cnn
+
+CHUNKS = 8
+"""Of 64 micro-batches of 32 tokens, 256 in each."""
 
 
 def wordy(vocabulary: int = 4096) -> Workload:
@@ -56,7 +59,7 @@ def test_loss_and_gradients_are_those_of_the_whole_loss(chunks: int, precision: 
     batch = workload.batch(3)
     with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
         loss, gradients = loss_and_gradients(workload, batch)
-        with in_chunks(workload.model) if chunks == CHUNKS else Chunks(workload.model, chunks):
+        with in_chunks(workload.model, chunks):
             same_loss, same_gradients = loss_and_gradients(workload, batch)
     tolerance = 1e-5 if precision is None else 2e-2
     torch.testing.assert_close(same_loss, loss, rtol=1e-5, atol=1e-6)
@@ -65,23 +68,12 @@ def test_loss_and_gradients_are_those_of_the_whole_loss(chunks: int, precision: 
         torch.testing.assert_close(other, one, rtol=tolerance, atol=tolerance * float(one.abs().max()))
 
 
-class Chunks:
-    def __init__(self, model: nn.Module, chunks: int) -> None:
-        self.arguments = model, chunks
-
-    def __enter__(self) -> None:
-        self.chunked = ChunkedLoss(*self.arguments)
-
-    def __exit__(self, *_: object) -> None:
-        self.chunked.remove()
-
-
 def test_what_was_put_on_comes_off_without_a_trace() -> None:
     workload = wordy(256)
     model = workload.model
     names, before, batch = list(model.state_dict()), dict(vars(model)), workload.batch(2)
     logits = model.eval()(**batch).logits
-    with in_chunks(model):
+    with in_chunks(model, 4):
         assert list(model.state_dict()) == names
         assert model(**batch).logits is None
         assert torch.equal(model(input_ids=batch["input_ids"]).logits, logits)
@@ -103,16 +95,22 @@ class Capped(GPT2LMHeadModel):
 def test_a_model_that_changes_its_logits_first_is_refused_when_it_does() -> None:
     workload = wordy(256)
     model = Capped(workload.model.config)
-    ChunkedLoss(model)
+    ChunkedLoss(model, 4)
     with pytest.raises(ChunkedLossError, match="changes its logits between head and loss"):
         model(**workload.batch(2))
+
+
+def test_a_chunk_has_256_tokens_of_the_largest_micro_batch_and_there_are_two_at_least() -> None:
+    workload = wordy(64)
+    assert [chunks_for(workload.batch(size)) for size in (1, 8, 16, 64, 65)] == [2, 2, 2, 8, 8]
+    assert chunks_for(torch.ones(9999)) == 2
 
 
 def test_other_models_are_refused() -> None:
     model = cnn().model
     assert not can_be_chunked(model)
     with pytest.raises(ChunkedLossError, match="must be a causal language model"):
-        ChunkedLoss(model)
+        ChunkedLoss(model, 4)
 
 
 def test_only_a_chunk_of_the_logits_is_there_at_a_time() -> None:
@@ -127,7 +125,7 @@ def test_only_a_chunk_of_the_logits_is_there_at_a_time() -> None:
         return live.peak_bytes
 
     whole = peak()
-    with in_chunks(workload.model):
+    with in_chunks(workload.model, 16):
         assert peak() < whole - 2 * 4 * 2**20
 
 
@@ -135,10 +133,10 @@ def test_only_a_chunk_of_the_logits_is_there_at_a_time() -> None:
 def profiled() -> tuple[Workload, Profile]:
     torch.manual_seed(0)
     workload = wordy()
-    return workload, profiler.profile(workload, batch_sizes=(2, 8), precisions=("fp32",), steps=2)
+    return workload, profiler.profile(workload, batch_sizes=(2, 64), precisions=("fp32",), steps=2)
 
 
-@pytest.mark.parametrize("size", [2, 5, 8])
+@pytest.mark.parametrize("size", [2, 5, 64])
 def test_a_plan_with_chunks_needs_what_it_says(profiled: tuple[Workload, Profile], size: int) -> None:
     workload, profile = profiled
     plan = planner.optimize(
@@ -159,7 +157,7 @@ def test_a_budget_that_the_whole_logits_break_is_met_by_chunks(profiled: tuple[W
     tightest = planner.optimize(profile, 2, weights=planner.Weights(time=0.0, memory=1.0)).prediction
     plan = planner.optimize(profile, 2, memory_budget_bytes=int(1.05 * tightest.peak_memory_bytes))
     assert plan.loss_chunks == CHUNKS
-    assert "the loss in 16 chunks" in checkpoint_text(plan.checkpoint, plan.loss_chunks)
+    assert f"the loss in {CHUNKS} chunks" in checkpoint_text(plan.checkpoint, plan.loss_chunks)
     plain = plan.baselines.plain.prediction
     assert plan.prediction.peak_memory_bytes < 0.8 * plain.peak_memory_bytes
     assert plan.prediction.step_seconds > plain.step_seconds
