@@ -330,10 +330,11 @@ def chunks(size: int = 8, sequence_length: int = 1024) -> int:
         in_chunks = optimize(profile, size, weights=least)
         peak = in_chunks.prediction.peak_memory_bytes
         gains.append(1 - peak / whole.peak_memory_bytes)
+        tightest = in_chunks.prediction
         print(
             f"GPT-2 small, {size} x {sequence_length:,} tokens, fp32, {device}: the tightest plan needs "
-            f"{whole.peak_memory_bytes / 2**30:.2f} GiB with the loss whole ({whole.peak_at}), "
-            f"{peak / 2**30:.2f} GiB in {in_chunks.loss_chunks} chunks ({in_chunks.prediction.peak_at}): {gains[-1]:.0%} less"
+            f"{whole.peak_memory_bytes / 2**30:.2f} GiB with the loss whole ({whole.peak_at}), {peak / 2**30:.2f} GiB "
+            f"in {in_chunks.loss_chunks} chunks ({tightest.peak_at}): {gains[-1]:.0%} less"
         )
     return 0 if max(gains) >= 0.4 else 1
 
