@@ -16,9 +16,12 @@ def document(*, seconds: float, peak_mib: int, segments: int) -> dict[str, Any]:
     }  # fmt: skip
     measured = {
         "step_seconds": seconds * 1.25, "step_cpu_seconds": 2 * seconds, "peak_memory_bytes": peak_mib * 2**20,
+        "step_joules": None, "device_speed": 0.8,
+    }  # fmt: skip
+    errors = {
+        "step_seconds": -0.2, "step_cpu_seconds": 0.0, "steady_seconds": 0.25, "peak_memory_bytes": 0.0,
         "step_joules": None,
     }  # fmt: skip
-    errors = {"step_seconds": -0.2, "step_cpu_seconds": 0.0, "peak_memory_bytes": 0.0, "step_joules": None}
     return {
         "prediction": predicted,
         "measured": {**measured, "relative_error": errors},
@@ -38,7 +41,8 @@ def test_the_table_sets_predicted_beside_measured_with_the_error_and_says_what_i
         document(seconds=4.0, peak_mib=2900, segments=0), document(seconds=5.0, peak_mib=2500, segments=3)
     ).splitlines()
     assert words(table[2]) == "step time, wall 4.00 s 5.00 s -20.00% 5.00 s 6.25 s -20.00%"
-    assert table[4].split() == [
+    assert words(table[4]) == "at the device's speed 10.00 s 8.00 s +25.00% 12.50 s 10.00 s +25.00%"
+    assert table[5].split() == [
         "peak",
         "memory",
         "2,900.0",
@@ -52,7 +56,7 @@ def test_the_table_sets_predicted_beside_measured_with_the_error_and_says_what_i
         "MiB",
         "+0.00%",
     ]
-    assert words(table[5]) == "energy unknown unknown unknown unknown"
+    assert words(table[6]) == "energy unknown unknown unknown unknown"
     assert table[-2].endswith("fp32, 3 recomputed segments")
     assert table[-1] == "budget 2600MiB: the plain baseline does not fit, the plan fits."
 
