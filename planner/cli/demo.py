@@ -30,7 +30,7 @@ def main() -> int:
     os.environ.setdefault("PLANNER_HOME", str(FOLDER.resolve() / "home"))
     profile, plan = FOLDER / "gpt2.profile.json", FOLDER / "gpt2.plan.json"
     try:
-        _planner("profile", MODEL, "--seq-len", "256", "--batch", "1,2", "--steps", "2", "-o", str(profile))
+        _planner("profile", MODEL, "--seq-len", "256", "--batch", "1,2", "--steps", "3", "-o", str(profile))
         _planner(
             "optimize", str(profile), "--global-batch-size", "4", "--memory-budget", BUDGET, "-o", str(plan)
         )
