@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -84,6 +85,9 @@ def auto_checkpoint(
         optimizer=optimizer, watts=None, spec=None, progress=lambda message: None, all_precisions=True,
         trying_bytes=min(limit_bytes // TRYING_SHARE, TRYING_BYTES) if limit_bytes else TRYING_BYTES,
     )  # fmt: skip
+    # With the loss in chunks a model's outputs have no logits, and somebody's loop may read them.
+    precisions = tuple(msgspec.structs.replace(each, chunked_head=None) for each in profile.precisions)
+    profile = msgspec.structs.replace(profile, precisions=precisions)
     global_batch_size = samples * gradient_accumulation_steps
     if limit_bytes is None:
         plain = optimize(profile, global_batch_size, precisions=(precision,)).baselines.plain.prediction
