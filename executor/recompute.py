@@ -40,11 +40,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
 from profiler.chain import Call
 from profiler.chunked import ChunkedLoss
+from profiler.live import QuickMode
 from profiler.selective import is_kept
 
 
@@ -309,7 +310,7 @@ def _versions(outputs: Any) -> tuple[int, ...]:
     return tuple(leaf._version for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor))
 
 
-class _Keep(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Keep(QuickMode):
     """Keeps what products and attention make."""
 
     def __init__(self, kept: list[_Kept]) -> None:
@@ -325,7 +326,7 @@ class _Keep(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return outputs
 
 
-class _Give(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Give(QuickMode):
     """Gives what was kept in the place of making it again, in the same order."""
 
     def __init__(self, kept: list[_Kept]) -> None:

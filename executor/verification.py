@@ -96,6 +96,7 @@ def verify(
                     step(batch)
                 yardstick.beside(clocks.wall[-1])
             yardstick_seconds = yardstick.cpu_seconds() if device.type == "cpu" else yardstick.wall_seconds()
+            counted = yardstick.undisturbed()
             del yardstick
             joules = _step_joules(lambda: step(batch), device, progress)
             progress("measuring peak memory")
@@ -103,13 +104,15 @@ def verify(
         finally:
             checkpoints.remove()
     measured = Cost(
-        step_seconds=statistics.mean(clocks.wall),
-        step_cpu_seconds=statistics.mean(clocks.cpu) if device.type == "cpu" else None,
+        step_seconds=statistics.mean(clocks.wall[index] for index in counted),
+        step_cpu_seconds=(
+            statistics.mean(clocks.cpu[index] for index in counted) if device.type == "cpu" else None
+        ),
         peak_memory_bytes=peak.peak_bytes,
         peak_reserved_bytes=peak.reserved_bytes,
         step_joules=joules,
     )
-    return compare(plan, measured, len(clocks.wall), peak.course, yardstick_seconds)
+    return compare(plan, measured, len(counted), peak.course, yardstick_seconds)
 
 
 def _step_joules(step: Callable[[], object], device: torch.device, progress: Progress) -> float | None:

@@ -126,11 +126,9 @@ def fill_steps(
                 whole += keep_cost[i]
                 start, stop = begin[i + 1, j], end[i + 1, j]
                 if 2 * (stop - start) > len(best_need):
-                    best_need, best_cost = (
-                        np.empty(4 * (stop - start), np.int64),
-                        np.empty(4 * (stop - start), np.int64),
-                    )
-                    next_need, next_cost = best_need.copy(), best_cost.copy()
+                    capacity = 4 * (stop - start)
+                    best_need, best_cost = _grown(best_need, capacity), _grown(best_cost, capacity)
+                    next_need, next_cost = _grown(next_need, capacity), _grown(next_cost, capacity)
                 for at in range(start, stop):
                     level = max(keep_need[i, j], needs[at] + keep_hold[i])
                     if count and best_need[count - 1] == level:
@@ -141,14 +139,10 @@ def fill_steps(
                 if k == i:  # The option, which leaves stage i and goes on like a kept one.
                     if j < length or option_need[i] < 0:
                         continue
-                    low, hold, beside, again = (
-                        option_need[i],
-                        option_hold[i],
-                        0,
-                        option_cost[i] - keep_cost[i],
-                    )
+                    low, hold, beside = option_need[i], option_hold[i], 0
                     rest, rest_end, back, back_end = begin[i + 1, j], end[i + 1, j], 0, 1
                     extra = option_cost[i]
+                    again = extra - keep_cost[i]
                 else:
                     if run_need[i, k] < 0:
                         continue
@@ -166,10 +160,8 @@ def fill_steps(
                             back += 1
                         cost = costs[rest] + costs[back] + extra
                     if merged + 2 > len(next_need):
-                        next_need, next_cost = (
-                            _grown(next_need, 2 * merged + 2),
-                            _grown(next_cost, 2 * merged + 2),
-                        )
+                        capacity = 2 * merged + 2
+                        next_need, next_cost = _grown(next_need, capacity), _grown(next_cost, capacity)
                     if own < count and (
                         not walking
                         or best_need[own] < level

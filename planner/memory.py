@@ -121,7 +121,13 @@ def timeline(
     gradient_accumulation_steps: int,
     resident_batches: int,
 ) -> Iterator[MemoryWindow]:
-    """Every window of a step, in order: the first micro-batch, a later one if there is one, the optimizer."""
+    """Every window of a step, in order: the first micro-batch, a later one if there is one, the optimizer.
+
+    Raises ValueError where a selective stage has no curves of its own.
+    """
+    unknown = [stage for stage in placed.selective if memory.stages[stage].selective is None]
+    if unknown:
+        raise ValueError(f"The profile has no curves for stages {unknown} with their products kept.")
     sizes = _Sizes.of(memory, micro_batch_size)
     constant = constant_bytes(memory, micro_batch_size, resident_batches)
     all_gradients = sum(sizes.gradient)

@@ -7,9 +7,9 @@ time:
     micro-batch 0: gradients appear                     1: gradients are added to
 
 One step warms up, on the largest batches there are, and shows what memory kernels take inside; a few are timed, and
-the mean over them is kept, beside that of a yardstick (profiler/yardstick.py) that runs between them. On a CPU a mark
-reads the wall clock and the process's CPU clock; on CUDA it records an event, and all are read after the step. The
-learning rate is zero and the buffers are put back, so the model is what it was.
+the mean over those that nothing else disturbed is kept, beside that of a yardstick (profiler/yardstick.py) that runs
+between them. On a CPU a mark reads the wall clock and the process's CPU clock; on CUDA it records an event, and all
+are read after the step. The learning rate is zero and the buffers are put back, so the model is what it was.
 """
 
 from __future__ import annotations
@@ -144,6 +144,7 @@ def measure_times(
         with workspaces.watching():
             _check_finite(stepper.step(worst, MICRO_BATCHES_PER_STEP, marks), precision, micro_batch_size)
         saves.learn()
+        stepper.step(batches[:1], 1)  # What watches leaves the allocator's memory in pieces.
         yardstick = Yardstick.of(stepper, batches[0], device)
         while len(readings) < steps or (spent < SHORTEST_SECONDS and len(readings) < MOST_STEPS):
             synchronize(device)
@@ -165,6 +166,7 @@ def measure_times(
                 marks.step_ended()
             synchronize(device)
             forwards.append(clock.read())
+    readings = [readings[index] for index in yardstick.undisturbed()]
     wall = _summary(
         [r.wall for r in readings],
         _kept_shares([r.wall for r in forwards], len(stages)),

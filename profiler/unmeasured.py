@@ -191,6 +191,12 @@ def profile_unmeasured(
                 )
     finally:
         model.train(training)
+    if workspaces is not None and workspaces.refused:
+        names = sorted({str(kind.function) for kind in workspaces.refused})
+        progress(
+            f"{len(workspaces.refused)} operations could not be tried alone ({', '.join(names[:3])}"
+            f"{' ...' if len(names) > 3 else ''}): what their kernels take is unknown, and the stated error stays wide"
+        )
     return Profile(
         model=workload.label,
         workload=spec,

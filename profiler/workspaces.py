@@ -196,7 +196,7 @@ class Workspaces:
                     continue
                 try:
                     call.run(kind.function)
-                except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):
+                except (RuntimeError, IndexError, ValueError):
                     self.refused.add(kind)  # It asks for contents that zeros do not have.
 
     def taken(self, kind: Kind) -> Taken | None:

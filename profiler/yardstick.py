@@ -10,6 +10,9 @@ device has drifted:
 It has the model's own mix of work, and takes less memory than any step of it. A fixed piece of work tells less: with
 matrix products in its place, transformers were 1-3% off and convolutional networks 5-12% (studies/LOG.md). Means are
 compared, not medians: what slows a machine down comes in bursts. ``python -m studies.drift`` shows what it is worth.
+
+A burst that hits one step and not the yardstick on either side of it would be taken for the step's own: a step of
+GPT-2 once took 13.7 s between others of 8.5 s. Such a step does not count (``undisturbed``).
 """
 
 from __future__ import annotations
@@ -28,6 +31,13 @@ SHARE = 0.2
 """How long the yardstick runs, in terms of the time of the steps that it runs beside."""
 
 
+ALONE = 1.25
+"""A step this many times as long as the others, each in terms of the slower yardstick beside it, was hit by a burst."""
+
+FEWEST_STEPS = 3
+"""Among fewer nobody can tell."""
+
+
 class Yardstick:
     """A piece of work that is timed again and again, between the steps that are being timed."""
 
@@ -36,6 +46,7 @@ class Yardstick:
         self._device = device
         self._readings: list[tuple[float, float]] = []
         self._owed_seconds = 0.0
+        self._ratios: list[float] = []
         work()
         self.beside(0.0)
 
@@ -52,6 +63,7 @@ class Yardstick:
 
     def beside(self, step_seconds: float) -> None:
         """Run beside a step that took this long, or, where steps are short, beside every few of them."""
+        before = self._readings[-1:]
         self._owed_seconds += SHARE * step_seconds
         while self._owed_seconds > 0 or not self._readings:
             synchronize(self._device)
@@ -60,6 +72,16 @@ class Yardstick:
             synchronize(self._device)
             self._readings.append((time.perf_counter() - wall, process_cpu_seconds() - cpu))
             self._owed_seconds -= self._readings[-1][0]
+        if before:
+            self._ratios.append(step_seconds / max(before[0][0], self._readings[-1][0]))
+
+    def undisturbed(self) -> list[int]:
+        """Which of the steps that it ran beside count, from 0."""
+        ratios = self._ratios
+        if len(ratios) < FEWEST_STEPS:
+            return list(range(len(ratios)))
+        limit = ALONE * statistics.median(ratios)
+        return [index for index, ratio in enumerate(ratios) if ratio <= limit]
 
     def wall_seconds(self) -> float:
         """How long it took on the wall clock, in the mean over all runs."""

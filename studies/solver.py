@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from planner.placement import Chain, frontier
 
@@ -29,18 +30,24 @@ LONG = 340
 
 def published() -> dict[str, tuple[Chain, dict[str, list[list[int]]]]]:
     """Chains by name, each with its published frontiers."""
-    found = {}
-    for entry in json.loads(CHAINS.read_text())["chains"]:
-        chain = Chain(
-            forward=tuple(entry["f"]),
-            backward=tuple(entry["b"]),
-            input=tuple(entry["x"]),
-            kept=tuple(entry["xb"]),
-            forward_transient=tuple(entry["tf"]),
-            backward_transient=tuple(entry["tb"]),
+    return {
+        entry["name"]: (
+            chain_of(entry), {"single": entry["single_frontier"], "nested": entry["nested_frontier"]}
         )
-        found[entry["name"]] = chain, {"single": entry["single_frontier"], "nested": entry["nested_frontier"]}
-    return found
+        for entry in json.loads(CHAINS.read_text())["chains"]
+    }  # fmt: skip
+
+
+def chain_of(entry: dict[str, Any]) -> Chain:
+    """A chain as the published ones are written."""
+    return Chain(
+        forward=tuple(entry["f"]),
+        backward=tuple(entry["b"]),
+        input=tuple(entry["x"]),
+        kept=tuple(entry["xb"]),
+        forward_transient=tuple(entry["tf"]),
+        backward_transient=tuple(entry["tb"]),
+    )
 
 
 def long_chain(length: int = LONG, seed: int = 7) -> Chain:

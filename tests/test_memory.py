@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -146,6 +147,22 @@ def test_the_second_run_of_a_selective_stage_has_its_products_from_the_beginning
     """Made until the end: 5 and 8 bytes, of which the 8 are needed: levels of 3, 9 and 20 with 0, 5, 8 of them made."""
     analysis = memory._SelectiveAnalysis(hold_bytes=8, points=3, rebuild=[(3, 0), (9, 5), (20, 8), (99, 8)])
     assert analysis.rebuilt() == [3 + 8, 9 + 3, 20]
+
+
+def test_a_timeline_with_the_products_kept_of_a_stage_without_such_curves_is_refused() -> None:
+    found = curves("mlp", "fp32")
+    bare = msgspec.structs.replace(found.stages[1], selective=None)
+    known = msgspec.structs.replace(found, stages=(found.stages[0], bare, *found.stages[2:]))
+    with pytest.raises(ValueError, match=r"no curves for stages \[1\]"):
+        list(
+            timeline(
+                known,
+                Placed(selective=(1,)),
+                micro_batch_size=2,
+                gradient_accumulation_steps=1,
+                resident_batches=1,
+            )
+        )
 
 
 # What follows needs no model: profiles made of random numbers.

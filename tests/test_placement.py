@@ -31,6 +31,7 @@ from planner.placement import (
     ruled_out,
     sqrt_segments,
 )
+from studies.solver import chain_of
 
 PUBLISHED = {
     entry["name"]: entry
@@ -47,15 +48,7 @@ THREE_STAGES = Chain(
 
 
 def published_chain(name: str) -> Chain:
-    entry = PUBLISHED[name]
-    return Chain(
-        forward=tuple(entry["f"]),
-        backward=tuple(entry["b"]),
-        input=tuple(entry["x"]),
-        kept=tuple(entry["xb"]),
-        forward_transient=tuple(entry["tf"]),
-        backward_transient=tuple(entry["tb"]),
-    )
+    return chain_of(PUBLISHED[name])
 
 
 def execute(chain: Chain, schedule: Iterable[tuple[str, int]]) -> tuple[float, float]:

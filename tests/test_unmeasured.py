@@ -39,6 +39,7 @@ from profiler.registry import build
 from profiler.timing import on_device
 from profiler.workload import Workload
 from profiler.workload_spec import WorkloadSpec
+from studies import workloads
 from tests import models
 
 AMPERE, HOPPER, VOLTA = (8, 0), (9, 0), (7, 0)
@@ -198,6 +199,14 @@ def test_on_the_device_that_is_here_kernels_are_tried_and_the_error_is_stated_na
     error = measured.relative_error["peak_memory_bytes"]
     assert error is not None
     assert abs(error) < TRIED_KERNELS_ERROR
+
+
+def test_kernels_that_could_not_be_tried_are_named_and_keep_the_error_wide() -> None:
+    said: list[str] = []
+    found = profiler.profile(workloads.lstm(), (2, 4), ("fp32",), "cpu", fake=True, progress=said.append)
+    assert not found.kernels_tried
+    assert any("mkldnn_rnn_layer_backward" in line for line in said)
+    assert planner.optimize(found, 4).prediction.error.peak_memory_bytes == UNCHECKED_MEMORY_ERROR
 
 
 class Doubled(torch.autograd.Function):

@@ -49,6 +49,28 @@ def test_short_steps_share_a_run() -> None:
     assert 1 <= work.times - before <= 4
 
 
+def test_a_step_that_was_hit_alone_does_not_count_and_one_beside_a_slow_yardstick_does() -> None:
+    class Changing(Work):
+        nap_seconds = NAP_SECONDS
+
+        def __call__(self) -> None:
+            time.sleep(self.nap_seconds)
+
+    work = Changing()
+    yardstick = Yardstick(work, CPU)
+    for step_seconds, nap_seconds in ((1.0, 1), (1.6, 1), (1.0, 1), (2.0, 2), (1.5, 1), (1.0, 1)):
+        work.nap_seconds = nap_seconds * NAP_SECONDS
+        yardstick.beside(step_seconds * 0.1)
+    assert yardstick.undisturbed() == [0, 2, 3, 4, 5]
+
+
+def test_among_two_steps_nobody_can_tell_which_was_disturbed() -> None:
+    yardstick = Yardstick(Work(), CPU)
+    for step_seconds in (0.1, 0.5):
+        yardstick.beside(step_seconds)
+    assert yardstick.undisturbed() == [0, 1]
+
+
 def test_it_leaves_no_gradients_and_keeps_the_precision_of_the_steps() -> None:
     workload = cnn()
     stepper = stepper_for(workload, "sgd", "bf16", CPU)
