@@ -168,7 +168,7 @@ class OperationCounter:
     def called(self, func: Any, args: Any, kwargs: Any, outputs: Any) -> None:
         """An operation has run."""
         if func.namespace != "prim" and self._window in self._windows:
-            made = _operation(func, args, kwargs, outputs)
+            made = operation_of(func, args, kwargs, outputs)
             if made is not None:
                 self._windows[self._window].append(made)
 
@@ -182,7 +182,7 @@ class OperationCounter:
         )
 
 
-def _operation(func: Any, args: Any, kwargs: Any, outputs: Any) -> Operation | None:
+def operation_of(func: Any, args: Any, kwargs: Any, outputs: Any) -> Operation | None:
     """What a call costs; None where nothing is computed: views and uninitialised memory."""
     name = func._schema.name.partition("::")[2]
     read = [*tensors_in(args), *tensors_in(kwargs)]

@@ -4,6 +4,7 @@
     every block             transformers' gradient_checkpointing_enable(), or torch's checkpoint around each block
     sqrt(L)                 the classic prior, of blocks
     sequential n            torch.utils.checkpoint.checkpoint_sequential over the blocks, n of 2 .. 8
+    sac_milp x              torch's planner of selective checkpoints, for x of the peak that it expects
     compiler x              activation_memory_budget = x of the min-cut partitioner, kernels as in eager mode
     ours                    planner.optimize at 80, 65 and 50% of the plain peak, and at every rival's peak
 
@@ -23,6 +24,7 @@ import functools
 import gc
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +49,7 @@ from profiler.profile_record import Profile
 from profiler.timing import stepper_for, to_device
 from profiler.unmeasured import profile_unmeasured, target_of
 from profiler.workload import Workload
+from studies import sac
 from studies.runs import RESULTS, provenance, write
 from studies.workloads import classifier, gpt2_medium, language_model
 
@@ -54,8 +57,9 @@ BUDGETS = (0.8, 0.65, 0.5)
 """Shares of the plain peak."""
 
 COMPILER_BUDGETS = (0.8, 0.5, 0.2, 0.0)
+SAC_BUDGETS = (0.85, 0.7)
 SEQUENTIAL_SEGMENTS = (2, 3, 4, 5, 6, 7, 8)
-ROUNDS = 7
+ROUNDS = 5
 
 Row = dict[str, Any]
 Applied = contextlib.AbstractContextManager[nn.Module]
@@ -214,7 +218,7 @@ class Steps:
         dataclasses.replace(self._stepper, model=model).step([self._batch], 1)
 
 
-def strategies(case: Case, workload: Workload) -> dict[str, Callable[[], Applied]]:
+def strategies(case: Case, workload: Workload, device: torch.device) -> dict[str, Callable[[], Applied]]:
     """What else one can do, by name."""
     model, blocks = workload.model, case.blocks(workload.model)
     found: dict[str, Callable[[], Applied]] = {
@@ -224,6 +228,15 @@ def strategies(case: Case, workload: Workload) -> dict[str, Callable[[], Applied
     if isinstance(blocks, nn.Sequential):
         for n in SEQUENTIAL_SEGMENTS:
             found[f"sequential {n}"] = functools.partial(sequential, model, blocks, n)
+    planner = sac.SacPlanner(case.build, case.size, device)
+    for share in SAC_BUDGETS:
+        began = time.perf_counter()
+        policies = planner.policies(int(share * planner.plain_bytes))
+        seconds = time.perf_counter() - began
+        outcome = "no plan" if policies is None else f"{len(policies)} modules"
+        print(f"{case.name:12} sac_milp {share:g}: {outcome} after {seconds:.0f} s", flush=True)
+        if policies is not None:
+            found[f"sac_milp {share:g}"] = functools.partial(sac.applied, model, policies)
     for budget in COMPILER_BUDGETS:
         found[f"compiler {budget:g}"] = functools.partial(Compiled(model, budget), model)
     return found
@@ -242,7 +255,7 @@ def measured(case: Case, device: torch.device) -> list[Row]:
     steps = Steps(workload, size, device)
     profile = _whole_loss(profile)
     without_limit = optimize(profile, size)
-    run = strategies(case, workload)
+    run = strategies(case, workload, device)
     sqrt = instead(without_limit, without_limit.baselines.sqrt)
     run["sqrt(L)"] = functools.partial(planned, workload.model, sqrt)
     rows: dict[str, Row] = {}
@@ -362,11 +375,23 @@ def draw(rows: Sequence[Row], name: str) -> None:
     figure, panels = plt.subplots(1, len(models), figsize=(6 * len(models), 4.2), squeeze=False)
     for panel, model in zip(panels[0], models, strict=True):
         of_model = [row for row in rows if row["model"] == model and "relative_step_seconds" in row]
-        kinds: dict[str, list[Row]] = {"ours": [], "compiler": [], "sequential": [], "other": []}
+        kinds: dict[str, list[Row]] = {
+            "ours": [],
+            "compiler": [],
+            "sequential": [],
+            "sac_milp": [],
+            "other": [],
+        }
         for row in of_model:
             kind = next((k for k in kinds if row["strategy"].startswith(k)), "other")
             kinds[kind].append(row)
-        for kind, marker in (("ours", "o-"), ("compiler", "s"), ("sequential", "^"), ("other", "D")):
+        for kind, marker in (
+            ("ours", "o-"),
+            ("compiler", "s"),
+            ("sequential", "^"),
+            ("sac_milp", "v"),
+            ("other", "D"),
+        ):
             points = sorted((r["peak_memory_bytes"] / 2**20, r["relative_step_seconds"]) for r in kinds[kind])
             if points:
                 panel.plot(*zip(*points, strict=True), marker, label=kind, markersize=5, linewidth=1)
