@@ -136,6 +136,19 @@ class Baselines(Record):
     every_block: Choice
 
 
+class TrialsSummary(Record):
+    """What real trials of the search's plans said. ``measured`` and ``steady_error`` are of this plan's own trial.
+
+    ``saved_by_trials``: by how much less this plan was measured to cost than the model's best; 0 where it is that.
+    """
+
+    study: str
+    outcomes: dict[str, int]
+    measured: Cost | None
+    steady_error: float | None
+    saved_by_trials: float | None
+
+
 class Plan(Document, tag="plan"):
     """One plan. ``micro_batch_size * gradient_accumulation_steps * world_size == global_batch_size``.
 
@@ -164,6 +177,7 @@ class Plan(Document, tag="plan"):
     front: tuple[Choice, ...]
     noise_scale: NoiseScale | None = None
     time_source: TimeSource = "measured"
+    trials: TrialsSummary | None = None
 
     def __post_init__(self) -> None:
         b, k, world = self.micro_batch_size, self.gradient_accumulation_steps, self.world_size

@@ -18,6 +18,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -38,7 +39,7 @@ from planner.energy import step_joules, watts_at
 from planner.memory import constant_bytes, optimizer_peak_bytes, plan_nest, plan_units
 from planner.nested import PLAIN, Placed, Segments, Solution, nested
 from planner.placement import Frontier, Units, pareto, sqrt_segments
-from planner.plan import Baselines, Choice, NoFeasiblePlan, Objective, Plan, Weights
+from planner.plan import Baselines, Choice, Cost, NoFeasiblePlan, Objective, Plan, Weights
 from planner.sizes import size_text
 from planner.time import at_micro_batch, segment_nanoseconds, selective_seconds
 from planner.zero import ZERO_STAGES
@@ -114,6 +115,15 @@ class _Candidate:
     base_joules: float | None
     recompute_watts: float
 
+    @property
+    def knobs(self) -> Knobs:
+        return Knobs(
+            self.gradient_accumulation_steps,
+            self.measured.precision,
+            self.distribution.zero_stage,
+            self.loss_chunks,
+        )
+
     def points(self) -> Iterator[tuple[float, int, float | None, int]]:
         """``(step_seconds, peak_bytes, step_joules, index)`` of every placement worth having."""
         k = self.gradient_accumulation_steps
@@ -143,6 +153,25 @@ def optimize(
     stated errors.
     Raises ``NoFeasiblePlan`` when none does, ValueError for bad arguments.
     """
+    return space(
+        profile, global_batch_size, memory_budget_bytes, weights, world_size, precisions=precisions,
+        zero_stages=zero_stages, link=link, calibration=calibration,
+    ).plan()  # fmt: skip
+
+
+def space(
+    profile: Profile,
+    global_batch_size: int,
+    memory_budget_bytes: int | None = None,
+    weights: Weights | None = None,
+    world_size: int = 1,
+    *,
+    precisions: Sequence[Precision] | None = None,
+    zero_stages: Sequence[int] = (0,),
+    link: Link | None = None,
+    calibration: Calibration | None = None,
+) -> Space:
+    """All plans that ``optimize`` would choose from, for who wants more of them than the best."""
     weights = weights or Weights()
     _check_arguments(profile, global_batch_size, memory_budget_bytes, weights)
     if link is None and world_size > 1:
@@ -162,57 +191,143 @@ def optimize(
     terms = _Terms(limit_bytes, margin, calibration)
     by_hand = replace(distributions[0], zero_stage=0)
     baselines = _baselines(profile, chosen[0], global_batch_size, sizes[-1], by_hand, terms)
-    reference = baselines.plain.prediction
+    return Space(
+        profile,
+        global_batch_size,
+        world_size,
+        memory_budget_bytes,
+        weights,
+        tuple(candidates),
+        terms,
+        baselines,
+    )
 
-    def rows_of(candidates: Sequence[_Candidate]) -> list[Row]:
+
+class Knobs(NamedTuple):
+    """All of a plan but where it recomputes."""
+
+    gradient_accumulation_steps: int
+    precision: Precision
+    zero_stage: int
+    loss_chunks: int | None
+
+    @classmethod
+    def of(cls, choice: Choice) -> Knobs:
+        """Those of a plan."""
+        return cls(
+            choice.gradient_accumulation_steps, choice.precision, choice.zero_stage, choice.loss_chunks
+        )
+
+
+class Space:
+    """Every candidate with its frontier, and on what terms plans are compared."""
+
+    def __init__(
+        self, profile: Profile, global_batch_size: int, world_size: int, memory_budget_bytes: int | None,
+        weights: Weights, candidates: tuple[_Candidate, ...], terms: _Terms, baselines: Baselines,
+    ) -> None:  # fmt: skip
+        self.profile = profile
+        self.global_batch_size = global_batch_size
+        self.world_size = world_size
+        self.memory_budget_bytes = memory_budget_bytes
+        self.weights = weights
+        self.baselines = baselines
+        self._terms = terms
+        self._rows = self._rows_of(candidates)
+        if not any(map(self._fits, self._rows)):
+            candidates = tuple(_deeper(profile, candidate) for candidate in candidates)
+            self._rows += self._rows_of(candidates)
+        self._candidates = {candidate.knobs: candidate for candidate in candidates}
+
+    def _rows_of(self, candidates: Sequence[_Candidate]) -> list[Row]:
+        reference = self.baselines.plain.prediction
         return [
             (
-                weighed(seconds, peak, joules, reference, weights), candidate.gradient_accumulation_steps,
+                weighed(seconds, peak, joules, reference, self.weights), candidate.gradient_accumulation_steps,
                 seconds, peak, candidate, index, joules,
             )
             for candidate in candidates
             for seconds, peak, joules, index in candidate.points()
         ]  # fmt: skip
 
-    rows = rows_of(candidates)
-    feasible = [row for row in rows if row[3] <= terms.limit(row[4].loss_chunks)]
-    if not feasible:
-        rows += rows_of([_deeper(profile, candidate) for candidate in candidates])
-        feasible = [row for row in rows if row[3] <= terms.limit(row[4].loss_chunks)]
-    if not feasible:
-        raise _infeasible(profile, min(rows, key=lambda row: (row[3], row[2])), terms, memory_budget_bytes)
-    lower_bound, _, _, _, best, index, _ = min(feasible, key=lambda row: row[:4])
-    choice = _choice(profile, best, index, terms)
-    value = objective(choice.prediction, reference, weights)
-    proven = abs(value - lower_bound) <= ROUNDING * value
-    return Plan(
-        model=profile.model,
-        workload=profile.workload,
-        profile_sha256=records.sha256(profile),
-        device=profile.device,
-        optimizer=profile.optimizer,
-        micro_batch_size=choice.micro_batch_size,
-        gradient_accumulation_steps=choice.gradient_accumulation_steps,
-        world_size=world_size,
-        global_batch_size=global_batch_size,
-        precision=choice.precision,
-        zero_stage=choice.zero_stage,
-        checkpoint=choice.checkpoint,
-        loss_chunks=choice.loss_chunks,
-        memory_budget_bytes=memory_budget_bytes,
-        prediction=choice.prediction,
-        objective=Objective(
-            cost=value,
-            weights=weights,
-            lower_bound=value if proven else lower_bound,
-            optimal=proven,
-            plans_considered=len(rows),
-        ),
-        baselines=baselines,
-        front=tuple(_choice(profile, row[4], row[5], terms) for row in _front(rows)),
-        time_source=profile.time_source,
-        noise_scale=profile.noise_scale,
-    )
+    def _fits(self, row: Row) -> bool:
+        return row[3] <= self._terms.limit(row[4].loss_chunks)
+
+    def plan(self) -> Plan:
+        """The one that costs least. Raises NoFeasiblePlan when none fits."""
+        profile, rows, weights = self.profile, self._rows, self.weights
+        feasible = [row for row in rows if self._fits(row)]
+        if not feasible:
+            tightest = min(rows, key=lambda row: (row[3], row[2]))
+            raise _infeasible(profile, tightest, self._terms, self.memory_budget_bytes)
+        lower_bound, _, _, _, best, index, _ = min(feasible, key=lambda row: row[:4])
+        choice = _choice(profile, best, index, self._terms)
+        value = self.cost(choice.prediction)
+        proven = abs(value - lower_bound) <= ROUNDING * value
+        return Plan(
+            model=profile.model,
+            workload=profile.workload,
+            profile_sha256=records.sha256(profile),
+            device=profile.device,
+            optimizer=profile.optimizer,
+            micro_batch_size=choice.micro_batch_size,
+            gradient_accumulation_steps=choice.gradient_accumulation_steps,
+            world_size=self.world_size,
+            global_batch_size=self.global_batch_size,
+            precision=choice.precision,
+            zero_stage=choice.zero_stage,
+            checkpoint=choice.checkpoint,
+            loss_chunks=choice.loss_chunks,
+            memory_budget_bytes=self.memory_budget_bytes,
+            prediction=choice.prediction,
+            objective=Objective(
+                cost=value,
+                weights=weights,
+                lower_bound=value if proven else lower_bound,
+                optimal=proven,
+                plans_considered=len(rows),
+            ),
+            baselines=self.baselines,
+            front=tuple(_choice(profile, row[4], row[5], self._terms) for row in _front(rows)),
+            time_source=profile.time_source,
+            noise_scale=profile.noise_scale,
+        )
+
+    def cost(self, cost: Cost) -> float:
+        """C, predicted or measured, relative to the plain plan's prediction."""
+        return objective(cost, self.baselines.plain.prediction, self.weights)
+
+    def candidates(self) -> tuple[Knobs, ...]:
+        """All knobs that were profiled and asked for."""
+        return tuple(self._candidates)
+
+    def knobs(self) -> tuple[Knobs, ...]:
+        """Those with which at least one placement fits."""
+        return tuple(knobs for knobs in self._candidates if self.fitting(knobs))
+
+    def fitting(self, knobs: Knobs) -> list[tuple[float, int, float | None, int]]:
+        """``(step_seconds, peak_bytes, step_joules, index)`` of the placements that fit, by rising peak."""
+        candidate = self._candidates[knobs]
+        limit = self._terms.limit(knobs.loss_chunks)
+        return [point for point in candidate.points() if point[1] <= limit]
+
+    def choice(self, knobs: Knobs, index: int) -> Choice:
+        """The plan with these knobs and the placement of this number."""
+        return _choice(self.profile, self._candidates[knobs], index, self._terms)
+
+    def tightest(self, knobs: Knobs) -> Choice:
+        """The plan with these knobs that needs least memory, whether or not it fits."""
+        _, _, _, index = min(self._candidates[knobs].points(), key=lambda point: point[1])
+        return self.choice(knobs, index)
+
+    def by_hand(self, knobs: Knobs, baseline: str) -> Choice:
+        """The plan with these knobs and the placement of a baseline: plain, sqrt or every_block."""
+        candidate = self._candidates[knobs]
+        return _describe(
+            self.profile, candidate.measured, candidate.micro_batch_size, knobs.gradient_accumulation_steps,
+            Placed(segments=_segments_by_hand(self.profile, baseline)), candidate.distribution, self._terms,
+            knobs.loss_chunks,
+        )  # fmt: skip
 
 
 def _check_arguments(
@@ -426,13 +541,20 @@ def _baselines(
     """What one would do by hand: the largest micro-batch, the first precision, the well-known placements."""
     k = global_batch_size // (b * distribution.world_size)
 
-    def baseline(segments: Segments) -> Choice:
-        return _describe(profile, measured, b, k, Placed(segments=segments), distribution, terms)
+    def baseline(name: str) -> Choice:
+        placed = Placed(segments=_segments_by_hand(profile, name))
+        return _describe(profile, measured, b, k, placed, distribution, terms)
 
+    return Baselines(plain=baseline("plain"), sqrt=baseline("sqrt"), every_block=baseline("every_block"))
+
+
+def _segments_by_hand(profile: Profile, baseline: str) -> Segments:
     spans = blocks(profile)
-    grouped = sqrt_segments(len(spans)) if spans else ()
-    sqrt = tuple((spans[i][0], spans[j - 1][1]) for i, j in grouped)
-    return Baselines(plain=baseline(()), sqrt=baseline(sqrt), every_block=baseline(tuple(spans)))
+    if baseline == "plain" or not spans:
+        return ()
+    if baseline == "every_block":
+        return tuple(spans)
+    return tuple((spans[i][0], spans[j - 1][1]) for i, j in sqrt_segments(len(spans)))
 
 
 def blocks(profile: Profile) -> list[tuple[int, int]]:

@@ -49,7 +49,7 @@ def record(plan: Plan, storage_url: str, study_name: str | None = None) -> str:
     ValueError when the storage does not open, or when a study of this name holds another search.
     """
     name = study_name or default_name(plan)
-    with _quiet():
+    with quiet():
         study = optuna.create_study(
             study_name=name,
             storage=open_storage(storage_url),
@@ -78,11 +78,15 @@ def record(plan: Plan, storage_url: str, study_name: str | None = None) -> str:
 
 def default_name(plan: Plan) -> str:
     """What was planned, for where, within what, and the first digits of the profile and of the plan."""
-    budget = plan.memory_budget_bytes
-    within = "no-limit" if budget is None else f"{budget / 2**20:.0f}mib"
-    words = f"{plan.model} {plan.device.name} batch {plan.global_batch_size} {within}".lower()
-    slug = re.sub(r"[^a-z0-9.]+", "-", words).strip("-")
+    slug = slug_of(plan.model, plan.device.name, plan.global_batch_size, plan.memory_budget_bytes)
     return f"{slug}-{plan.profile_sha256[:8]}-{plan.sha256[:8]}"
+
+
+def slug_of(model: str, device: str, global_batch_size: int, budget_bytes: int | None) -> str:
+    """The part of a study's name that a person reads."""
+    within = "no-limit" if budget_bytes is None else f"{budget_bytes / 2**20:.0f}mib"
+    words = f"{model} {device} batch {global_batch_size} {within}".lower()
+    return re.sub(r"[^a-z0-9.]+", "-", words).strip("-")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,7 +200,7 @@ def _take_from_queue(study: optuna.Study, missing: list[_Point], points: list[_P
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Optuna tells of every trial, and that naming metrics is an experiment; neither is news here."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -69,13 +69,22 @@ def zero_stages(text: str) -> tuple[int, ...]:
     return tuple(int(stage) for stage in _some_of(("0", "1", "2", "3"), text))
 
 
-def no_trials(text: str) -> int:
-    """Zero, the only number of sampled trials that makes sense for an exact search."""
-    if text != "0":
-        raise argparse.ArgumentTypeError(
-            f"must be 0, got {text!r}: the search is exact and considers every plan. Leave it out"
-        )
-    return 0
+def count_or_none(text: str) -> int:
+    """A whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0, got {text!r}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """A positive number of seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
+    return value
 
 
 def output_file(text: str) -> Path:

@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING
 from planner.cli import arguments
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from planner.plan import Plan
+    from planner.search import Space
+    from planner.trials import Tried
 
 FRONT_ROWS = 8
 """How many plans of the front are shown."""
@@ -60,7 +64,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of 0,1,2,3 (default: 0)",
     )
     parser.add_argument(
-        "--trials", metavar="N", type=arguments.no_trials, default=0, help="0: the search is exact"
+        "--trials",
+        metavar="N",
+        type=arguments.count_or_none,
+        default=0,
+        help="run so many plans for real, each in a process of its own (default: 0, the exact search alone)",
+    )
+    parser.add_argument(
+        "--trial-steps", metavar="N", type=arguments.count, default=3, help="timed per trial (default: 3)"
+    )
+    parser.add_argument(
+        "--trial-timeout",
+        metavar="SECONDS",
+        type=arguments.seconds,
+        help="when a trial is ended (default: ten times what it should take, and 90 s)",
+    )
+    parser.add_argument("--sampler", choices=("tpe", "gp"), default="tpe", help="Optuna's (default: tpe)")
+    parser.add_argument(
+        "--seed", metavar="N", type=arguments.count_or_none, default=0, help="of the sampler (default: 0)"
     )
     parser.add_argument(
         "--storage",
@@ -82,12 +103,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from planner import calibration
     from planner.plan import Weights
-    from planner.search import optimize
+    from planner.search import space
     from profiler import records
     from profiler.profile_record import Profile
 
     profile = records.read(args.profile, Profile)
-    plan = optimize(
+    plans = space(
         profile,
         args.global_batch_size,
         args.memory_budget,
@@ -98,8 +119,14 @@ def run(args: argparse.Namespace) -> int:
         calibration=calibration.load(profile.device),
     )
     path: Path = args.output or Path(f"{_stem(args.profile)}.plan.json")
-    study = None
-    if args.storage != "none":
+    study: str | None = None
+    tried: list[Tried] = []
+    if args.trials:
+        plan, tried = _run_trials(args, plans)
+        study = None if plan.trials is None else plan.trials.study
+    else:
+        plan = plans.plan()
+    if args.storage != "none" and not args.trials:
         from planner.storage import default_storage_url
         from planner.study import record
 
@@ -108,15 +135,43 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         sys.stdout.write(records.encode(plan).decode())
     else:
-        show(plan, path, study)
+        show(plan, path, study, tried)
     return 0
+
+
+def _run_trials(args: argparse.Namespace, plans: Space) -> tuple[Plan, list[Tried]]:
+    """The best plan by real trials; what they teach about the device is kept."""
+    from executor.verification import device_of
+    from planner import calibration
+    from planner.cli.output import progress
+    from planner.storage import default_storage_url
+    from planner.trial_process import TrialTerms
+    from planner.trials import run_trials
+
+    if args.storage == "none":
+        raise ValueError("--trials keeps its trials in a study, and --storage none has none. Give --storage.")
+    terms = TrialTerms(
+        trials=args.trials,
+        steps=args.trial_steps,
+        timeout_seconds=args.trial_timeout,
+        seed=args.seed,
+        sampler=args.sampler,
+    )
+    device_of(plans.plan())
+    storage = args.storage or default_storage_url()
+    with progress() as tell:
+        plan, tried = run_trials(plans, terms, storage, args.study_name, progress=tell)
+    for each in tried:
+        if each.residual is not None:
+            calibration.learn(plan.device, each.residual)
+    return plan, tried
 
 
 def _stem(profile: str) -> str:
     return Path(profile).name.removesuffix(".json").removesuffix(".profile")
 
 
-def show(plan: Plan, path: Path, study: str | None) -> None:
+def show(plan: Plan, path: Path, study: str | None, tried: Sequence[Tried] = ()) -> None:
     """The plan, what it is up against, and where it went."""
     from planner.cli.output import (
         BASELINES,
@@ -231,8 +286,53 @@ def show(plan: Plan, path: Path, study: str | None) -> None:
         )  # fmt: skip
     out.print(trade)
     out.print()
+    if tried:
+        show_trials(plan, tried)
     next_commands = [("next" if n == 0 else "", f"planner {c} {path}") for n, c in enumerate(NEXT)]
     out.print(facts([("written to", str(path)), ("study", study or "not recorded"), *next_commands]))
+
+
+def show_trials(plan: Plan, tried: Sequence[Tried]) -> None:
+    """Every plan that was run: predicted against measured."""
+    from planner.cli.output import console, heading, of_bytes, of_seconds, table
+    from planner.trials import description
+
+    out = console()
+    out.print(heading(f"Real trials: {_outcomes(plan)}"))
+    numbers = ("predicted", "measured", "off", "peak", "cost")
+    rows = table("", "plan", *numbers, "", right=("", *numbers))
+    for each in tried:
+        predicted = of_seconds(each.choice.prediction.step_seconds)
+        what = description(each.placement, each.choice)
+        if each.result is None or each.result.measured is None or each.cost is None:
+            rows.add_row(str(each.number), what, predicted, "", "", "", "", each.outcome.replace("_", " "))
+            continue
+        measured, error = each.result.measured, each.result.steady_error
+        over = plan.memory_budget_bytes is not None and measured.peak_memory_bytes > plan.memory_budget_bytes
+        rows.add_row(
+            str(each.number), what, predicted, of_seconds(measured.step_seconds),
+            "" if error is None else f"{error:+.1%}", of_bytes(measured.peak_memory_bytes), f"{each.cost:.3f}",
+            "over the budget" if over else "",
+        )  # fmt: skip
+    out.print(rows)
+    for each in tried:
+        if each.message is not None:
+            out.print(f"trial {each.number}: {each.message.splitlines()[-1]}")
+    if plan.trials is not None:
+        saved = plan.trials.saved_by_trials
+        if saved is None:
+            out.print("The model's best plan was not measured within the budget; see the trials.")
+        elif saved > 0:
+            out.print(f"The plan was measured to cost {saved:.1%} less than the model's best.")
+        else:
+            out.print("The model's best plan stands: none was measured to cost less by more than 2%.")
+    out.print()
+
+
+def _outcomes(plan: Plan) -> str:
+    if plan.trials is None:
+        return "none"
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in plan.trials.outcomes.items())
 
 
 def spread(length: int, most: int) -> list[int]:
