@@ -9,6 +9,8 @@ The default is a journal in the user's state directory.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import sqlalchemy
@@ -23,6 +25,18 @@ _JOURNAL = "journal:"
 def default_storage_url() -> str:
     """A journal in the user's state directory, made when it is first opened."""
     return f"{_JOURNAL}{state.here() / 'studies.journal'}"
+
+
+@contextmanager
+def opened(url: str) -> Iterator[BaseStorage]:
+    """A storage for a while; a database's connections are closed in the end."""
+    storage = open_storage(url)
+    try:
+        yield storage
+    finally:
+        if isinstance(storage, RDBStorage):
+            storage.remove_session()
+            storage.engine.dispose()
 
 
 def open_storage(url: str) -> BaseStorage:

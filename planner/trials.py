@@ -40,7 +40,7 @@ from planner.explain import checkpoint_text, chosen
 from planner.outcome import RAN, Outcome, TrialResult
 from planner.plan import Choice, Cost, Plan, TrialsSummary
 from planner.search import Knobs, Space
-from planner.storage import open_storage
+from planner.storage import opened
 from planner.study import quiet, slug_of
 from planner.trial_process import STARTING_SECONDS, Ended, TrialTerms, is_alive, myself, run_in_process
 from profiler import records
@@ -105,9 +105,9 @@ def run_trials(
     plan = space.plan()
     _check(plan, terms)
     name = study_name or default_name(space)
-    with quiet():
+    with quiet(), opened(storage_url) as storage:
         study = optuna.create_study(
-            study_name=name, storage=open_storage(storage_url), load_if_exists=True, sampler=_sampler(terms)
+            study_name=name, storage=storage, load_if_exists=True, sampler=_sampler(terms)
         )
         _claim(study, space)
         _take_back_the_dead(study, terms, progress)

@@ -9,9 +9,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -25,13 +26,14 @@ from planner.explain import chosen
 from planner.outcome import Outcome, TrialResult
 from planner.plan import Choice, Cost, Plan
 from planner.search import Knobs, Space, space
-from planner.storage import open_storage
+from planner.storage import open_storage, opened
 from planner.trial_process import Ended, TrialTerms, run_in_process
 from planner.trials import WORTH_CHANGING, run_trials
 from profiler import records
 from profiler.profile_record import Profile
 from profiler.registry import build
 from profiler.workload_spec import WorkloadSpec, resolve
+from tests import postgres
 
 NAME = "tests.workloads.faulty:tower"
 GLOBAL_BATCH_SIZE = 16
@@ -59,7 +61,7 @@ def plans(recorded: Profile) -> Space:
 
 @pytest.fixture(scope="module")
 def plan(profile: Profile) -> Plan:
-    return planner.optimize(profile, GLOBAL_BATCH_SIZE)
+    return planner.optimize(profile, GLOBAL_BATCH_SIZE, 64 * 2**20)
 
 
 @pytest.fixture
@@ -266,17 +268,12 @@ class TestItsProcess:
     def test_one_that_fails_says_how(
         self, plan: Plan, monkeypatch: pytest.MonkeyPatch, fault: str, outcome: str, said: str
     ) -> None:
+        """The memory that it asks for is there, but beyond the wall of a plan within 64 MiB."""
         monkeypatch.setenv("FAULT", fault)
         ended = run_in_process(plan, TrialTerms(trials=1, steps=2))
         assert ended.outcome == outcome
         assert ended.message is not None
         assert said in ended.message
-
-    def test_one_that_needs_more_than_the_wall_is_out_of_memory(
-        self, plan: Plan, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr("planner.trial_process.WALL_BYTES", -plan.device.memory_bytes)
-        assert run_in_process(plan, TrialTerms(trials=1)).outcome == "out_of_memory"
 
 
 def is_there(pid: int) -> bool:
@@ -343,6 +340,64 @@ def test_two_processes_share_a_journal(profile_file: Path, url: str, tmp_path: P
     assert len(complete) == 4
     assert len({str(trial.user_attrs["choice"]) for trial in complete}) == 4
     assert len({trial.user_attrs["worker"]["pid"] for trial in complete}) == 2
+
+
+def test_a_study_may_be_in_postgresql(plans: Space, tmp_path_factory: pytest.TempPathFactory) -> None:
+    programs = postgres.programs()
+    if programs is None:
+        assert "CI" not in os.environ, "PostgreSQL must be installed under CI"
+        pytest.skip("needs PostgreSQL's server programs")
+    # Its account must be able to walk to its folder.
+    with (
+        tempfile.TemporaryDirectory(prefix="planner-postgres-") as folder,
+        postgres.running(Path(folder), programs) as url,
+    ):
+        count = iter(range(100))
+        first = Machine(ends=lambda choice: "interrupted" if next(count) == 1 else None)
+        with pytest.raises(KeyboardInterrupt):
+            run_trials(plans, TrialTerms(trials=4), url, run=first)
+        _, tried = run_trials(plans, TrialTerms(trials=4), url, run=Machine())
+        assert [each.outcome for each in tried] == ["ok"] * 4
+        with opened(url) as storage:
+            (name,) = optuna.get_all_study_names(storage)
+            study = optuna.load_study(study_name=name, storage=storage)
+            states = Counter(trial.state.name for trial in study.get_trials())
+        assert states["COMPLETE"] == 4
+        assert states["FAIL"] == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 KiB, where one may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs to mount a small disk: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_old_plan_as_it_was(
+    profile_file: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan_file = small_disk / "tower.plan.json"
+    plan_file.write_text("the old plan")
+    (small_disk / "ballast").write_bytes(bytes(56 * 1024))
+    call = [
+        "optimize", str(profile_file), "--global-batch-size", "16", "--storage", "none", "-o", str(plan_file),
+    ]  # fmt: skip
+    assert main(call) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert plan_file.read_text() == "the old plan"
+    assert sorted(each.name for each in small_disk.iterdir()) == ["ballast", "tower.plan.json"]
 
 
 @pytest.mark.parametrize(
