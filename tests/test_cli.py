@@ -365,7 +365,10 @@ def test_a_workload_may_lie_in_the_current_directory(tmp_path: Path) -> None:
         ),
         (("optimize", GPT2, "--global-batch-size", "8", "--zero-stage", "1"), "nothing to shard"),
         (("optimize", GPT2, "--global-batch-size", "8", "--zero-stage", "4"), "must be of 0, 1, 2, 3"),
-        (("optimize", GPT2, "--global-batch-size", "8", "--trials", "-1"), "must be a whole number from 0, got '-1'"),
+        (
+            ("optimize", GPT2, "--global-batch-size", "8", "--trials", "-1"),
+            "must be a whole number from 0, got '-1'",
+        ),
         (("optimize", GPT2, "--global-batch-size", "8", "--time-weight", "-1"), "at least 0, got '-1'"),
         (
             ("optimize", GPT2, "--global-batch-size", "8", "--time-weight", "0"),

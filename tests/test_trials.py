@@ -82,8 +82,10 @@ class Machine:
         self,
         slower: Callable[[Choice], float] = lambda choice: 1.0,
         ends: Callable[[Choice], Outcome | None] = lambda choice: None,
+        heavier: Callable[[Choice], float] = lambda choice: 1.0,
     ) -> None:
         self._slower = slower
+        self._heavier = heavier
         self._ends = ends
         self.ran: list[Choice] = []
 
@@ -99,7 +101,7 @@ class Machine:
         measured = Cost(
             step_seconds=slower * predicted.step_seconds,
             step_cpu_seconds=slower * predicted.steady_seconds,
-            peak_memory_bytes=predicted.peak_memory_bytes,
+            peak_memory_bytes=round(self._heavier(choice) * predicted.peak_memory_bytes),
             peak_reserved_bytes=None,
             step_joules=None,
         )
@@ -166,17 +168,34 @@ class TestTheStudy:
 
     def test_a_difference_that_noise_may_have_made_changes_nothing(self, plans: Space, url: str) -> None:
         best = chosen(plans.plan())
-        barely = 1 + WORTH_CHANGING / 2
-        machine = Machine(slower=lambda choice: barely if choice == best else 1.0)
-        plan, _ = run_trials(plans, TrialTerms(trials=8), url, run=machine)
+
+        def barely_faster(choice: Choice) -> float:
+            faster = 1 - WORTH_CHANGING / 2
+            same = best.prediction.steady_seconds / choice.prediction.steady_seconds
+            return 1.0 if choice == best else faster * same
+
+        plan, tried = run_trials(plans, TrialTerms(trials=8), url, run=Machine(slower=barely_faster))
+        assert min(tried, key=lambda each: each.cost or 0).choice != best
         assert chosen(plan) == best
+
+    def test_a_plan_that_was_measured_over_the_budget_gives_way(self, plans: Space, url: str) -> None:
+        best = chosen(plans.plan())
+        machine = Machine(heavier=lambda choice: 1.5 if choice == best else 1.0)
+        plan, _ = run_trials(plans, TrialTerms(trials=6), url, run=machine)
+        assert chosen(plan) != best
+        assert plan.trials is not None
+        assert plan.trials.measured is not None
+        assert plan.trials.measured.peak_memory_bytes <= (plans.memory_budget_bytes or 0)
+        over = study_of(url).get_trials()[0].constraints["bytes_over_budget"]
+        assert over > 0
 
     def test_corrections_lead_to_knobs_that_the_model_thought_worse(self, plans: Space, url: str) -> None:
         best = chosen(plans.plan())
         machine = Machine(slower=lambda choice: 3.0 if Knobs.of(choice) == Knobs.of(best) else 1.0)
-        run_trials(plans, TrialTerms(trials=10), url, run=machine)
+        run_trials(plans, TrialTerms(trials=20), url, run=machine)
         later = [Knobs.of(choice) for choice in machine.ran[2:]]
         assert {knobs for knobs in plans.knobs() if knobs != Knobs.of(best)} <= set(later)
+        assert later.count(Knobs.of(best)) <= 2
 
     def test_trials_that_end_badly_are_counted_by_how_and_never_chosen(self, plans: Space, url: str) -> None:
         ends: dict[int, Outcome] = {0: "out_of_memory", 1: "timeout", 2: "crash"}
