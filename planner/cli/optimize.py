@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from planner.cli import arguments
+from planner.cli import arguments, run_cost, target
 
 if TYPE_CHECKING:
     from planner.plan import Plan
@@ -25,13 +25,7 @@ NEXT = ("explain", "verify", "train")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("profile", metavar="PROFILE", help="a file made by planner profile")
-    parser.add_argument(
-        "--global-batch-size",
-        metavar="N",
-        type=arguments.count,
-        required=True,
-        help="samples per optimizer step",
-    )
+    target.add_arguments(parser)
     parser.add_argument(
         "--memory-budget", metavar="SIZE", type=arguments.size, help="such as 8GiB or 8GB (default: no limit)"
     )
@@ -42,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name}-weight",
             metavar="W",
-            type=arguments.weight,
+            type=arguments.amount,
             default=default,
             help=f"weight of {name} in the cost, relative to the plain plan (default: {default:g})",
         )
@@ -59,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=(0,),
         help="of 0,1,2,3 (default: 0)",
     )
+    run_cost.add_arguments(parser)
     parser.add_argument(
         "--trials", metavar="N", type=arguments.no_trials, default=0, help="0: the search is exact"
     )
@@ -82,21 +77,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from planner import calibration
     from planner.plan import Weights
-    from planner.search import optimize
     from profiler import records
     from profiler.profile_record import Profile
 
     profile = records.read(args.profile, Profile)
-    plan = optimize(
+    plan = target.search(args)(
         profile,
-        args.global_batch_size,
-        args.memory_budget,
-        Weights(time=args.time_weight, memory=args.memory_weight, energy=args.energy_weight),
-        args.world_size,
+        memory_budget_bytes=args.memory_budget,
+        weights=Weights(time=args.time_weight, memory=args.memory_weight, energy=args.energy_weight),
+        world_size=args.world_size,
         precisions=args.precision,
         zero_stages=args.zero_stage,
         calibration=calibration.load(profile.device),
     )
+    plan = run_cost.priced(plan, args)
     path: Path = args.output or Path(f"{_stem(args.profile)}.plan.json")
     study = None
     if args.storage != "none":
@@ -197,10 +191,15 @@ def show(plan: Plan, path: Path, study: str | None) -> None:
                 ("", f"{memory}, at {why.peak_at}"),
                 *energy,
                 ("cost", f"{plan.objective.cost:.4f}, {proof}"),
+                *run_cost.rows(plan),
             ]
         )
     )
     out.print()
+
+    if plan.convergence is not None:
+        target.show(plan.convergence)
+        out.print()
 
     out.print(heading("Beside what one would do by hand"))
     rows = table("plan", "step time", "", "peak", "cost", "fits", right=("step time", "", "peak", "cost"))
@@ -217,6 +216,7 @@ def show(plan: Plan, path: Path, study: str | None) -> None:
         )  # fmt: skip
     out.print(rows)
     out.print()
+    run_cost.show_baselines(plan)
 
     shown = spread(len(plan.front), FRONT_ROWS)
     out.print(heading(f"What memory buys: {len(shown)} of the {len(plan.front)} plans in the file"))
