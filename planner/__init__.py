@@ -18,29 +18,38 @@ if TYPE_CHECKING:
     from executor.auto import auto_checkpoint as auto_checkpoint
     from planner.plan import NoFeasiblePlan as NoFeasiblePlan
     from planner.plan import Plan as Plan
+    from planner.plan import Reference as Reference
     from planner.plan import Weights as Weights
     from planner.plan import load_plan as load_plan
+    from planner.run_cost import with_run_cost as with_run_cost
     from planner.search import optimize as optimize
+    from planner.target import optimize_to_target as optimize_to_target
     from profiler.records import RecordError as RecordError
 
 _HOMES = {
     "NoFeasiblePlan": "planner.plan",
     "Plan": "planner.plan",
     "RecordError": "profiler.records",
+    "Reference": "planner.plan",
     "Weights": "planner.plan",
     "auto_checkpoint": "executor.auto",  # Named here for whoever looks for it; it stands a floor above.
     "load_plan": "planner.plan",
     "optimize": "planner.search",
+    "optimize_to_target": "planner.target",
+    "with_run_cost": "planner.run_cost",
 }
 
 __all__ = [
     "NoFeasiblePlan",
     "Plan",
     "RecordError",
+    "Reference",
     "Weights",
     "auto_checkpoint",
     "load_plan",
     "optimize",
+    "optimize_to_target",
+    "with_run_cost",
 ]
 
 

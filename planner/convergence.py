@@ -13,6 +13,8 @@ known without a run, but two batches compare without it.
 
 from __future__ import annotations
 
+from planner.plan import Reference
+
 
 def steps(batch_size: float, noise_scale_samples: float, *, least_steps: float = 1.0) -> float:
     """Optimizer steps to the target with this global batch, in units of ``least_steps``, those of an endless batch."""
@@ -22,3 +24,9 @@ def steps(batch_size: float, noise_scale_samples: float, *, least_steps: float =
 def steps_saved(noise_scale_samples: float, *, batch_size: float, larger: float) -> float:
     """The share of the steps that a larger global batch saves."""
     return 1 - steps(larger, noise_scale_samples) / steps(batch_size, noise_scale_samples)
+
+
+def steps_beside(batch_size: float, noise_scale_samples: float, reference: Reference) -> float:
+    """Optimizer steps to the target with this global batch, beside a run that is known to reach it."""
+    known = steps(reference.global_batch_size, noise_scale_samples)
+    return steps(batch_size, noise_scale_samples, least_steps=reference.steps / known)

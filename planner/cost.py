@@ -6,9 +6,11 @@ its units made equal: in seconds and bytes the bytes would drown the seconds).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from planner import communication, energy
 from planner.calibration import Calibration
@@ -229,12 +231,19 @@ def objective(cost: Cost, reference: Cost, weights: Weights) -> float:
     return weighed(cost.step_seconds, cost.peak_memory_bytes, cost.step_joules, reference, weights)
 
 
+Number = TypeVar("Number", float, NDArray[np.float64])
+
+
 def weighed(
-    step_seconds: float, peak_memory_bytes: int, step_joules: float | None, reference: Cost, weights: Weights
-) -> float:
-    """``C`` of a time, a peak and an energy; see ``objective``."""
+    step_seconds: Number,
+    peak_memory_bytes: Number,
+    step_joules: Number | None,
+    reference: Cost,
+    weights: Weights,
+) -> Number:
+    """``C`` of a time, a peak and an energy, or of many at once; see ``objective``."""
     value = weights.time * step_seconds / reference.step_seconds
-    value += weights.memory * peak_memory_bytes / reference.peak_memory_bytes
+    value = value + weights.memory * peak_memory_bytes / reference.peak_memory_bytes
     if weights.energy:
         if step_joules is None or reference.step_joules is None:
             raise ValueError(
@@ -242,7 +251,7 @@ def weighed(
                 "RAPL, no stated watts in the profile. Set --energy-weight 0, or profile with --watts, or where one "
                 "of the counters can be read."
             )
-        value += weights.energy * step_joules / reference.step_joules
+        value = value + weights.energy * step_joules / reference.step_joules
     return value
 
 

@@ -24,7 +24,7 @@ from typing import ClassVar, TypeVar
 
 from planner.convergence import steps_saved
 from planner.cost import objective
-from planner.plan import Choice, Plan, Prediction, Segment
+from planner.plan import Choice, Convergence, Plan, Prediction, Segment
 from profiler.profile_record import (
     NoiseScale,
     Precision,
@@ -72,7 +72,7 @@ class Explanation(Document, tag="explanation"):
     ``binding``: whether a plan on the front costs less, which then does not fit. ``next_faster``: the first
     faster plan on the front that does not fit. The front in a plan is thinned: between two of its points
     there may be others. ``saved_by_doubling``: the share of the steps to a target that twice the global batch
-    would save; None where the noise scale is not known.
+    would save; None where the noise scale is not known. ``convergence``: how the global batch was chosen, if it was.
     """
 
     current_version: ClassVar[int] = 1
@@ -95,6 +95,7 @@ class Explanation(Document, tag="explanation"):
     next_faster: Alternative | None
     without_limit: Alternative
     time_source: TimeSource = "measured"
+    convergence: Convergence | None = None
 
 
 def explain(plan: Plan) -> Explanation:
@@ -131,6 +132,7 @@ def explain(plan: Plan) -> Explanation:
         next_faster=None if next_faster is None else _beside(plan, "next_faster", next_faster),
         without_limit=_beside(plan, "without_limit", without_limit),
         time_source=plan.time_source,
+        convergence=plan.convergence,
     )
 
 

@@ -149,10 +149,86 @@ class TrialsSummary(Record):
     saved_by_trials: float | None
 
 
+class Reference(Record):
+    """A run that is known to reach the target: its global batch and how many optimizer steps it took."""
+
+    global_batch_size: Positive
+    steps: Positive
+
+    def __post_init__(self) -> None:
+        if min(self.global_batch_size, self.steps) < 1:
+            raise ValueError(
+                "The global batch and the steps of a reference must be at least 1, "
+                f"got {self.global_batch_size} and {self.steps}."
+            )
+
+
+class BatchToTarget(Record):
+    """The best plan of one global batch, on the whole way to the target. ``steps`` as the formula gives them."""
+
+    global_batch_size: Positive
+    micro_batch_size: Positive
+    step_seconds: Seconds
+    peak_memory_bytes: Positive
+    steps: Annotated[float, Meta(gt=0)]
+    seconds: Seconds
+    joules: Joules | None
+    cost: float
+
+
+class Convergence(Record):
+    """How the global batch was chosen: for the least time to a target (planner/target.py).
+
+    Of ``batches_in_range`` global batches that can be run, ``batches_considered`` were searched, all but where they
+    are too many, and ``batches_fitting`` have a plan within the memory limit. ``noise_scale_source``: measured in the
+    profile, or stated; ``best_at_low`` and ``best_at_high``: the global batch that would be best at the ends of the
+    measured interval. ``weights``: as they were asked for, of the whole way to the target; those in the plan's
+    objective are the same for one step. ``neighbours``: some of the global batches that were considered.
+    """
+
+    mode: Literal["time_to_target"] = "time_to_target"
+    global_batch_range: tuple[Positive, Positive]
+    batches_in_range: Positive
+    batches_considered: Positive
+    batches_fitting: Positive
+    noise_scale_samples: Share
+    noise_scale_source: Literal["profile", "stated"]
+    best_at_low: Positive | None
+    best_at_high: Positive | None
+    reference: Reference
+    weights: Weights
+    chosen: BatchToTarget
+    neighbours: tuple[BatchToTarget, ...]
+
+
+Length = Literal["samples", "epochs", "target", "1000 steps"]
+"""What says how long a run is: samples, epochs, or a target to reach; where nothing does, it is 1,000 steps."""
+
+
+class RunCost(Record):
+    """What a whole run takes. ``price`` is in the unit of ``price_per_hour``, which is of one device.
+
+    ``joules`` and ``carbon_grams`` are of all devices; None where no source of energy was profiled, or no intensity
+    given.
+    """
+
+    length: Length
+    samples: Positive
+    steps: Positive
+    seconds: Seconds
+    price_per_hour: Share | None
+    price: Share | None
+    joules: Joules | None
+    carbon_grams_per_kilowatt_hour: Share | None
+    carbon_grams: Share | None
+
+
 class Plan(Document, tag="plan"):
     """One plan. ``micro_batch_size * gradient_accumulation_steps * world_size == global_batch_size``.
 
     ``noise_scale``: as the profile measured it, where it did. ``time_source``: what its times are made from.
+    ``convergence`` None: the global batch was given, and plans were ordered by the time of a step. ``run``: what the
+    whole run takes, where someone asked.
     """
 
     current_version: ClassVar[int] = 1
@@ -178,6 +254,8 @@ class Plan(Document, tag="plan"):
     noise_scale: NoiseScale | None = None
     time_source: TimeSource = "measured"
     trials: TrialsSummary | None = None
+    convergence: Convergence | None = None
+    run: RunCost | None = None
 
     def __post_init__(self) -> None:
         b, k, world = self.micro_batch_size, self.gradient_accumulation_steps, self.world_size

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.calibration import Calibration
 from planner.communication import ALONE, Distribution, catalogue_link
@@ -39,7 +40,7 @@ from planner.energy import step_joules, watts_at
 from planner.memory import constant_bytes, optimizer_peak_bytes, plan_nest, plan_units
 from planner.nested import PLAIN, Placed, Segments, Solution, nested
 from planner.placement import Frontier, Units, pareto, sqrt_segments
-from planner.plan import Baselines, Choice, Cost, NoFeasiblePlan, Objective, Plan, Weights
+from planner.plan import Baselines, Choice, Cost, NoFeasiblePlan, Objective, Plan, Prediction, Weights
 from planner.sizes import size_text
 from planner.time import at_micro_batch, segment_nanoseconds, selective_seconds
 from planner.zero import ZERO_STAGES
@@ -52,6 +53,8 @@ from profiler.profile_record import (
     PrecisionProfile,
     Profile,
     StageRecord,
+    StepTime,
+    bytes_at,
 )
 
 FRONT_POINTS = 24
@@ -174,9 +177,7 @@ def space(
     """All plans that ``optimize`` would choose from, for who wants more of them than the best."""
     weights = weights or Weights()
     _check_arguments(profile, global_batch_size, memory_budget_bytes, weights)
-    if link is None and world_size > 1:
-        link = profile.link or catalogue_link(profile.device, world_size)
-    distributions = _distributions(world_size, zero_stages, link)
+    distributions = _distributions(profile, world_size, zero_stages, link)
     chosen = _precisions(profile, precisions, world_size)
     sizes = _micro_batch_sizes(profile, global_batch_size, world_size)
     candidates = [
@@ -186,9 +187,7 @@ def space(
         for loss_chunks in _loss_chunks(measured, distribution)
         for b in sizes
     ]
-    margin = memory_error(profile, calibration, world_size)
-    limit_bytes = np.inf if memory_budget_bytes is None else memory_budget_bytes / (1 + margin)
-    terms = _Terms(limit_bytes, margin, calibration)
+    terms = _Terms.of(profile, memory_budget_bytes, calibration, world_size)
     by_hand = replace(distributions[0], zero_stage=0)
     baselines = _baselines(profile, chosen[0], global_batch_size, sizes[-1], by_hand, terms)
     return Space(
@@ -348,8 +347,12 @@ def _check_arguments(
         )
 
 
-def _distributions(world_size: int, zero_stages: Sequence[int], link: Link | None) -> list[Distribution]:
+def _distributions(
+    profile: Profile, world_size: int, zero_stages: Sequence[int], link: Link | None
+) -> list[Distribution]:
     """Every way to spread a step over the processes that was asked for, the one that deals out least first."""
+    if link is None and world_size > 1:
+        link = profile.link or catalogue_link(profile.device, world_size)
     stages = sorted(set(zero_stages))
     asked = ", ".join(map(str, zero_stages))
     if world_size < 1:
@@ -425,6 +428,14 @@ class _Terms:
     memory_error: float
     calibration: Calibration | None
 
+    @classmethod
+    def of(
+        cls, profile: Profile, budget_bytes: int | None, calibration: Calibration | None, world_size: int
+    ) -> _Terms:
+        """Those of a budget, None for no limit."""
+        margin = memory_error(profile, calibration, world_size)
+        return cls(np.inf if budget_bytes is None else budget_bytes / (1 + margin), margin, calibration)
+
     def error(self, loss_chunks: int | None) -> float:
         """The error of a peak, which is wider with the loss in chunks."""
         return self.memory_error if loss_chunks is None else max(self.memory_error, CHUNKS_ERROR)
@@ -446,8 +457,7 @@ def _candidate(
     times = at_micro_batch(measured.wall, b)
     resident = resident_batches(profile, k)
     memory = memory_of_process(profile, measured, b, k, distribution)
-    parts = seconds_by_kind(profile, times, k, PLAIN, distribution)
-    world_size = distribution.world_size
+    base_seconds, base_joules = _base(profile, measured, times, k, distribution)
     watts = watts_at(profile, measured.precision)
     units = plan_units(
         memory,
@@ -469,15 +479,25 @@ def _candidate(
         loss_chunks=loss_chunks,
         micro_batch_size=b,
         gradient_accumulation_steps=k,
-        base_seconds=sum(parts.values()),
+        base_seconds=base_seconds,
         floor_bytes=optimizer_peak_bytes(memory, b, resident),
         placements=_SingleLevel(units, pareto(units)),
         memory=memory,
-        base_joules=None if watts is None else sum(step_joules(parts, watts, world_size).values()),
+        base_joules=base_joules,
         recompute_watts=0.0
         if watts is None
-        else sum(step_joules({"recompute": 1.0}, watts, world_size).values()),
+        else sum(step_joules({"recompute": 1.0}, watts, distribution.world_size).values()),
     )
+
+
+def _base(
+    profile: Profile, measured: PrecisionProfile, times: StepTime, k: int, distribution: Distribution
+) -> tuple[float, float | None]:
+    """Seconds and joules of a step that recomputes nothing."""
+    parts = seconds_by_kind(profile, times, k, PLAIN, distribution)
+    watts = watts_at(profile, measured.precision)
+    joules = None if watts is None else sum(step_joules(parts, watts, distribution.world_size).values())
+    return sum(parts.values()), joules
 
 
 def _loss_chunks(measured: PrecisionProfile, distribution: Distribution) -> tuple[int | None, ...]:
@@ -605,6 +625,126 @@ def _front(rows: list[Row]) -> list[Row]:
     steps = [low + (high - low) * n / (FRONT_POINTS - 1) for n in range(FRONT_POINTS)]
     picked = {max(i for i, row in enumerate(front) if row[3] <= step) for step in steps}
     return [front[i] for i in sorted(picked)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Points:
+    """Every placement worth having of one micro-batch size, precision and ZeRO stage, as arrays of equal length."""
+
+    micro_batch_size: int
+    step_seconds: NDArray[np.float64]
+    peak_bytes: NDArray[np.int64]
+    step_joules: NDArray[np.float64] | None
+    fits: NDArray[np.bool_]
+
+
+class Batches:
+    """The space of ``optimize`` for one global batch after another.
+
+    From the second micro-batch on each is like the one before, so how often they accumulate changes what is constant
+    and no placement: a frontier is found once for k = 1 and once for every higher k. Raises ValueError as
+    ``optimize`` does.
+    """
+
+    def __init__(
+        self, profile: Profile, memory_budget_bytes: int | None, weights: Weights, world_size: int,
+        precisions: Sequence[Precision] | None, zero_stages: Sequence[int], link: Link | None,
+        calibration: Calibration | None,
+    ) -> None:  # fmt: skip
+        _check_arguments(profile, 1, memory_budget_bytes, weights)
+        self._profile = profile
+        self._world_size = world_size
+        self._distributions = _distributions(profile, world_size, zero_stages, link)
+        self._precisions = _precisions(profile, precisions, world_size)
+        self._terms = _Terms.of(profile, memory_budget_bytes, calibration, world_size)
+        self._ways = [
+            (distribution, measured, loss_chunks)
+            for distribution in self._distributions
+            for measured in self._precisions
+            for loss_chunks in _loss_chunks(measured, distribution)
+        ]
+        self._frontiers: dict[tuple[int, int, bool, bool], _Frontier] = {}
+
+    def runnable(self, global_batch_sizes: Sequence[int]) -> list[int]:
+        """Those of the sizes that some profiled micro-batch and the number of processes divide."""
+        sizes = np.asarray(global_batch_sizes)
+        low, high = self._profile.micro_batch_sizes[0], self._profile.micro_batch_sizes[-1]
+        found = np.zeros(len(sizes), dtype=np.bool_)
+        for b in range(low, high + 1):
+            found |= sizes % (b * self._world_size) == 0
+        return [int(size) for size in sizes[found]]
+
+    def plain(self, global_batch_size: int) -> Prediction:
+        """The plan that recomputes nothing, the baseline of a global batch."""
+        sizes = _micro_batch_sizes(self._profile, global_batch_size, self._world_size)
+        by_hand = replace(self._distributions[0], zero_stage=0)
+        found = _baselines(
+            self._profile, self._precisions[0], global_batch_size, sizes[-1], by_hand, self._terms
+        )
+        return found.plain.prediction
+
+    def points(self, global_batch_size: int) -> list[Points]:
+        """All placements of a global batch; where none of a single level fits, segments inside segments as well."""
+        sizes = _micro_batch_sizes(self._profile, global_batch_size, self._world_size)
+        keys = [(way, b) for way in range(len(self._ways)) for b in sizes]
+        found = [self._points(way, b, global_batch_size, deeper=False) for way, b in keys]
+        if not any(points.fits.any() for points in found):
+            found += [self._points(way, b, global_batch_size, deeper=True) for way, b in keys]
+        return found
+
+    def _points(self, way: int, b: int, global_batch_size: int, *, deeper: bool) -> Points:
+        k = global_batch_size // (b * self._world_size)
+        frontier = self._frontier(way, b, k > 1, deeper=deeper)
+        candidate = frontier.candidate
+        more = resident_batches(self._profile, k) - resident_batches(self._profile, frontier.k)
+        seconds, joules = _base(self._profile, candidate.measured, frontier.times, k, candidate.distribution)
+        recompute = k * frontier.nanoseconds / 1e9
+        peaks = frontier.peak_bytes + more * bytes_at(candidate.memory.batch, b)
+        return Points(
+            micro_batch_size=b,
+            step_seconds=seconds + recompute,
+            peak_bytes=peaks,
+            step_joules=None if joules is None else joules + candidate.recompute_watts * recompute,
+            fits=peaks <= self._terms.limit(candidate.loss_chunks),
+        )
+
+    def _frontier(self, way: int, b: int, accumulates: bool, *, deeper: bool) -> _Frontier:
+        key = (way, b, accumulates, deeper)
+        if key not in self._frontiers:
+            distribution, measured, loss_chunks = self._ways[way]
+            if deeper:
+                candidate = _deeper(
+                    self._profile, self._frontier(way, b, accumulates, deeper=False).candidate
+                )
+            else:
+                k = 1 + accumulates
+                candidate = _candidate(self._profile, measured, loss_chunks, b, k, distribution)
+            self._frontiers[key] = _Frontier.of(candidate)
+        return self._frontiers[key]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Frontier:
+    """A candidate's placements as arrays; ``nanoseconds`` are those that a micro-batch recomputes."""
+
+    candidate: _Candidate
+    times: StepTime
+    nanoseconds: NDArray[np.int64]
+    peak_bytes: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, candidate: _Candidate) -> _Frontier:
+        peaks, nanoseconds = np.array(candidate.placements.points, dtype=np.int64).T
+        return cls(
+            candidate=candidate,
+            times=at_micro_batch(candidate.measured.wall, candidate.micro_batch_size),
+            nanoseconds=nanoseconds,
+            peak_bytes=np.maximum(peaks, candidate.floor_bytes),
+        )
+
+    @property
+    def k(self) -> int:
+        return self.candidate.gradient_accumulation_steps
 
 
 def _infeasible(profile: Profile, row: Row, terms: _Terms, budget: int | None) -> NoFeasiblePlan:

@@ -356,7 +356,7 @@ def test_a_workload_may_lie_in_the_current_directory(tmp_path: Path) -> None:
     [
         (("fly",), "invalid choice: 'fly'"),
         ((), "required: COMMAND"),
-        (("optimize", GPT2), "required: --global-batch-size"),
+        (("optimize", GPT2), "--global-batch-size --global-batch-range is required"),
         (("optimize", GPT2, "--global-batch-size", "0"), "must be a whole number of at least 1, got '0'"),
         (("optimize", GPT2, "--global-batch-size", "8", "--memory-budget", "8G"), "Is it 8GiB (1024) or 8GB"),
         (

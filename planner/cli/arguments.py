@@ -37,14 +37,24 @@ def counts(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def weight(text: str) -> float:
+def span(text: str) -> tuple[int, int]:
+    """Two whole numbers of at least one, the smaller first, ``8:512``."""
+    low, _, high = text.partition(":")
+    if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
+        raise argparse.ArgumentTypeError(
+            f"must be two whole numbers of at least 1, the smaller first, such as 8:512, got {text!r}"
+        )
+    return int(low), int(high)
+
+
+def amount(text: str) -> float:
     """A finite number that is not negative."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"a weight must be a number of at least 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
     return value
 
 

@@ -9,6 +9,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from planner.cli import target
+
 if TYPE_CHECKING:
     from planner.explain import Alternative, Explanation
 
@@ -83,6 +85,9 @@ def show(why: Explanation) -> None:
         lines.append(("next faster", _at_budget(why.next_faster, why)))
     lines.append(("no limit", _at_budget(why.without_limit, why)))
     out.print(facts(lines))
+    if why.convergence is not None:
+        out.print()
+        target.show(why.convergence)
     if why.noise_scale is not None:
         out.print()
         out.print(heading("Other global batches"))

@@ -9,16 +9,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from planner.cli import arguments
+from planner.cli import arguments, run_cost, target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from planner.plan import Plan
-    from planner.search import Space
     from planner.trials import Tried
+    from profiler.profile_record import Profile
 
 FRONT_ROWS = 8
 """How many plans of the front are shown."""
@@ -29,13 +29,7 @@ NEXT = ("explain", "verify", "train")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("profile", metavar="PROFILE", help="a file made by planner profile")
-    parser.add_argument(
-        "--global-batch-size",
-        metavar="N",
-        type=arguments.count,
-        required=True,
-        help="samples per optimizer step",
-    )
+    target.add_arguments(parser)
     parser.add_argument(
         "--memory-budget", metavar="SIZE", type=arguments.size, help="such as 8GiB or 8GB (default: no limit)"
     )
@@ -46,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name}-weight",
             metavar="W",
-            type=arguments.weight,
+            type=arguments.amount,
             default=default,
             help=f"weight of {name} in the cost, relative to the plain plan (default: {default:g})",
         )
@@ -63,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=(0,),
         help="of 0,1,2,3 (default: 0)",
     )
+    run_cost.add_arguments(parser)
     parser.add_argument(
         "--trials",
         metavar="N",
@@ -103,29 +98,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from planner import calibration
     from planner.plan import Weights
-    from planner.search import space
     from profiler import records
     from profiler.profile_record import Profile
 
     profile = records.read(args.profile, Profile)
-    plans = space(
-        profile,
-        args.global_batch_size,
-        args.memory_budget,
-        Weights(time=args.time_weight, memory=args.memory_weight, energy=args.energy_weight),
-        args.world_size,
-        precisions=args.precision,
-        zero_stages=args.zero_stage,
-        calibration=calibration.load(profile.device),
-    )
-    path: Path = args.output or Path(f"{_stem(args.profile)}.plan.json")
-    study: str | None = None
+    asked: dict[str, Any] = {
+        "memory_budget_bytes": args.memory_budget,
+        "weights": Weights(time=args.time_weight, memory=args.memory_weight, energy=args.energy_weight),
+        "world_size": args.world_size,
+        "precisions": args.precision,
+        "zero_stages": args.zero_stage,
+        "calibration": calibration.load(profile.device),
+    }
+    plan = target.search(args)(profile, **asked)
     tried: list[Tried] = []
     if args.trials:
-        plan, tried = _run_trials(args, plans)
-        study = None if plan.trials is None else plan.trials.study
-    else:
-        plan = plans.plan()
+        plan, tried = _run_trials(args, profile, plan, asked)
+    plan = run_cost.priced(plan, args)
+    path: Path = args.output or Path(f"{_stem(args.profile)}.plan.json")
+    study = None if plan.trials is None else plan.trials.study
     if args.storage != "none" and not args.trials:
         from planner.storage import default_storage_url
         from planner.study import record
@@ -139,17 +130,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_trials(args: argparse.Namespace, plans: Space) -> tuple[Plan, list[Tried]]:
-    """The best plan by real trials; what they teach about the device is kept."""
+def _run_trials(
+    args: argparse.Namespace, profile: Profile, best: Plan, asked: dict[str, Any]
+) -> tuple[Plan, list[Tried]]:
+    """The best plan of that plan's global batch by real trials; what they teach about the device is kept."""
+    import msgspec
+
     from executor.verification import device_of
     from planner import calibration
     from planner.cli.output import progress
+    from planner.search import space
     from planner.storage import default_storage_url
     from planner.trial_process import TrialTerms
     from planner.trials import run_trials
 
     if args.storage == "none":
         raise ValueError("--trials keeps its trials in a study, and --storage none has none. Give --storage.")
+    device_of(best)
     terms = TrialTerms(
         trials=args.trials,
         steps=args.trial_steps,
@@ -157,14 +154,14 @@ def _run_trials(args: argparse.Namespace, plans: Space) -> tuple[Plan, list[Trie
         seed=args.seed,
         sampler=args.sampler,
     )
-    device_of(plans.plan())
+    plans = space(profile, best.global_batch_size, **asked | {"weights": best.objective.weights})
     storage = args.storage or default_storage_url()
     with progress() as tell:
         plan, tried = run_trials(plans, terms, storage, args.study_name, progress=tell)
     for each in tried:
         if each.residual is not None:
             calibration.learn(plan.device, each.residual)
-    return plan, tried
+    return msgspec.structs.replace(plan, convergence=best.convergence), tried
 
 
 def _stem(profile: str) -> str:
@@ -252,10 +249,15 @@ def show(plan: Plan, path: Path, study: str | None, tried: Sequence[Tried] = ())
                 ("", f"{memory}, at {why.peak_at}"),
                 *energy,
                 ("cost", f"{plan.objective.cost:.4f}, {proof}"),
+                *run_cost.rows(plan),
             ]
         )
     )
     out.print()
+
+    if plan.convergence is not None:
+        target.show(plan.convergence)
+        out.print()
 
     out.print(heading("Beside what one would do by hand"))
     rows = table("plan", "step time", "", "peak", "cost", "fits", right=("step time", "", "peak", "cost"))
@@ -272,6 +274,7 @@ def show(plan: Plan, path: Path, study: str | None, tried: Sequence[Tried] = ())
         )  # fmt: skip
     out.print(rows)
     out.print()
+    run_cost.show_baselines(plan)
 
     shown = spread(len(plan.front), FRONT_ROWS)
     out.print(heading(f"What memory buys: {len(shown)} of the {len(plan.front)} plans in the file"))

@@ -80,6 +80,14 @@ def of_seconds(seconds: float) -> str:
     return f"{_three_digits(seconds * factor)} {unit}"
 
 
+def of_duration(seconds: float) -> str:
+    """``41.3 h``, ``12.5 min``, and below two minutes as ``of_seconds``."""
+    for unit, size, least in (("h", 3600, 3600), ("min", 60, 120)):
+        if abs(seconds) >= least:
+            return f"{_three_digits(seconds / size)} {unit}"
+    return of_seconds(seconds)
+
+
 def of_count(count: int) -> str:
     """``124.4 M``, ``38.6 k``."""
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
@@ -92,6 +100,17 @@ def of_joules(joules: float) -> str:
     """``52.8 J``, ``1.20 kJ``, ``517 mJ``."""
     unit, factor = ("kJ", 1e-3) if joules >= 1e3 else ("J", 1.0) if joules >= 1 else ("mJ", 1e3)
     return f"{_three_digits(joules * factor)} {unit}"
+
+
+def of_kilowatt_hours(joules: float) -> str:
+    """``12.1 kWh``, ``0.04 kWh``, and below a hundredth in joules."""
+    kilowatt_hours = joules / 3.6e6
+    return f"{_three_digits(kilowatt_hours)} kWh" if kilowatt_hours >= 0.01 else of_joules(joules)
+
+
+def of_grams(grams: float) -> str:
+    """``4.84 kg``, ``52.8 g``."""
+    return f"{_three_digits(grams / 1e3)} kg" if grams >= 1e3 else f"{_three_digits(grams)} g"
 
 
 def of_noise_scale(found: NoiseScale) -> str:
