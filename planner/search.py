@@ -25,6 +25,7 @@ import numpy as np
 from planner.calibration import Calibration
 from planner.communication import ALONE, Distribution, catalogue_link
 from planner.cost import (
+    course_of,
     memory_error,
     memory_of_process,
     name_segments,
@@ -32,6 +33,7 @@ from planner.cost import (
     predict,
     resident_batches,
     seconds_by_kind,
+    stages_of,
     weighed,
 )
 from planner.energy import step_joules, watts_at
@@ -212,6 +214,8 @@ def optimize(
         front=tuple(_choice(profile, row[4], row[5], terms) for row in _front(rows)),
         time_source=profile.time_source,
         noise_scale=profile.noise_scale,
+        course=course_of(profile, best.measured, choice, best.distribution),
+        stages=stages_of(profile, best.measured, choice, best.distribution),
     )
 
 
