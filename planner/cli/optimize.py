@@ -131,7 +131,7 @@ def show(plan: Plan, path: Path, study: str | None) -> None:
         of_source,
         table,
     )
-    from planner.explain import explain, segment_runs
+    from planner.explain import explain, proof_text, segment_runs
 
     out = console()
     predicted, why = plan.prediction, explain(plan)
@@ -162,11 +162,6 @@ def show(plan: Plan, path: Path, study: str | None) -> None:
             if value >= NEGLIGIBLE * predicted.step_joules
         )
         energy = [("energy", f"{of_joules(predicted.step_joules)}{sure}"), ("", joules)]
-    proof = (
-        f"proven optimal under the model ({plan.objective.plans_considered} plans considered)"
-        if plan.objective.optimal
-        else f"no plan costs less than {plan.objective.lower_bound:.4f}"
-    )
     out.print(
         facts(
             [
@@ -196,7 +191,7 @@ def show(plan: Plan, path: Path, study: str | None) -> None:
                 ),
                 ("", f"{memory}, at {why.peak_at}"),
                 *energy,
-                ("cost", f"{plan.objective.cost:.4f}, {proof}"),
+                ("cost", f"{plan.objective.cost:.4f}, {proof_text(plan.objective)}"),
             ]
         )
     )
