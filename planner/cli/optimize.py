@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FRONT_ROWS = 8
 """How many plans of the front are shown."""
 
-NEXT = ("explain", "verify", "train")
+NEXT = ("explain", "report", "verify", "train")
 """What one can do with a plan."""
 
 
