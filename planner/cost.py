@@ -17,7 +17,19 @@ from planner.calibration import Calibration
 from planner.communication import ALONE, Distribution
 from planner.memory import MemoryWindow, constant_bytes, peak_window, timeline
 from planner.nested import PLAIN, Placed, depths
-from planner.plan import Choice, Cost, Error, Parts, Plan, Prediction, Segment, Weights
+from planner.plan import (
+    Choice,
+    Cost,
+    Course,
+    Error,
+    Parts,
+    Plan,
+    Prediction,
+    Segment,
+    Stage,
+    Weights,
+    Window,
+)
 from planner.time import at_micro_batch, expected_error, step_parts
 from planner.zero import sharded
 from profiler.profile_record import (
@@ -26,6 +38,7 @@ from profiler.profile_record import (
     PrecisionProfile,
     Profile,
     StepTime,
+    bytes_at,
     peak_at,
 )
 
@@ -211,6 +224,12 @@ def memory_of_process(
 
 
 def _memory_parts(memory: PrecisionMemory, peak: MemoryWindow, distribution: Distribution) -> dict[str, int]:
+    return {**_standing_parts(memory, peak.constant_bytes, distribution), **_window(peak).bytes_by_part}
+
+
+def _standing_parts(
+    memory: PrecisionMemory, constant_bytes: int, distribution: Distribution
+) -> dict[str, int]:
     fixed = memory.parameter_bytes + memory.buffer_bytes + memory.optimizer_state_bytes
     # With one process the rest is inputs, and on CUDA kernels' workspaces; with several, also copies of parameters.
     copies = {} if distribution.world_size == 1 else {"parameter_copies": memory.other_bytes}
@@ -219,11 +238,59 @@ def _memory_parts(memory: PrecisionMemory, peak: MemoryWindow, distribution: Dis
         "buffers": memory.buffer_bytes,
         "optimizer_state": memory.optimizer_state_bytes,
         **copies,
-        "inputs": peak.constant_bytes - fixed - sum(copies.values()),
-        "gradients": peak.gradient_bytes,
-        "activations": peak.held_bytes,
-        "working": peak.own_bytes,
+        "inputs": constant_bytes - fixed - sum(copies.values()),
     }
+
+
+def _window(window: MemoryWindow) -> Window:
+    update = window.phase == "optimizer"
+    return Window(
+        phase=window.phase,
+        micro_batch=None if update else window.micro_batch,
+        stage=None if update else window.stage,
+        gradient_bytes=window.gradient_bytes,
+        activation_bytes=window.held_bytes,
+        working_bytes=window.own_bytes,
+    )
+
+
+def course_of(
+    profile: Profile, measured: PrecisionProfile, choice: Choice, distribution: Distribution = ALONE
+) -> Course:
+    """The memory of a step of a choice, window by window; its highest is the choice's predicted peak.
+
+    ``measured``: at the choice's precision, with the loss in the choice's chunks.
+    """
+    b, k = choice.micro_batch_size, choice.gradient_accumulation_steps
+    memory = memory_of_process(profile, measured, b, k, distribution)
+    resident = resident_batches(profile, k)
+    windows = timeline(
+        memory, index_segments(profile, choice.checkpoint), micro_batch_size=b,
+        gradient_accumulation_steps=k, resident_batches=resident,
+    )  # fmt: skip
+    return Course(
+        standing_bytes=_standing_parts(memory, constant_bytes(memory, b, resident), distribution),
+        windows=tuple(_window(window) for window in windows),
+    )
+
+
+def stages_of(
+    profile: Profile, measured: PrecisionProfile, choice: Choice, distribution: Distribution = ALONE
+) -> tuple[Stage, ...]:
+    """What each stage takes for one micro-batch of a choice, measured as for ``course_of``."""
+    b, k = choice.micro_batch_size, choice.gradient_accumulation_steps
+    memory = memory_of_process(profile, measured, b, k, distribution)
+    times = at_micro_batch(measured.wall, b)
+    return tuple(
+        Stage(
+            name=stage.name,
+            parameter_count=stage.parameter_count,
+            forward_seconds=time.forward_seconds,
+            backward_seconds=time.backward_later_seconds if k > 1 else time.backward_first_seconds,
+            kept_bytes=bytes_at(curves.hold, b),
+        )
+        for stage, time, curves in zip(profile.stages, times.stages, memory.stages, strict=True)
+    )
 
 
 def objective(cost: Cost, reference: Cost, weights: Weights) -> float:
@@ -271,6 +338,8 @@ def instead(plan: Plan, choice: Choice) -> Plan:
         objective=msgspec.structs.replace(
             plan.objective, cost=cost, lower_bound=min(cost, plan.objective.lower_bound), optimal=False
         ),
+        course=None,
+        stages=None,
     )
 
 

@@ -24,14 +24,11 @@ from typing import ClassVar, TypeVar
 
 from planner.convergence import steps_saved
 from planner.cost import objective
-from planner.plan import Choice, Convergence, Plan, Prediction, Segment
+from planner.plan import Choice, Convergence, Objective, Plan, Prediction, Segment
 from profiler.profile_record import (
     NoiseScale,
     Precision,
     Profile,
-    StageMemory,
-    StageRecord,
-    StageTime,
     TimeSource,
     bytes_at,
 )
@@ -155,6 +152,13 @@ def budget_for(prediction: Prediction) -> int:
     return math.floor(prediction.peak_memory_bytes * (1 + prediction.error.peak_memory_bytes)) + 1
 
 
+def proof_text(objective: Objective) -> str:
+    """What is known of plans that cost less."""
+    if objective.optimal:
+        return f"proven optimal under the model ({objective.plans_considered} plans considered)"
+    return f"no plan costs less than {objective.lower_bound:.4f}"
+
+
 def _beside(plan: Plan, name: str, choice: Choice) -> Alternative:
     prediction, own = choice.prediction, plan.prediction
     cost = _cost(plan, prediction)
@@ -269,6 +273,17 @@ def _pattern(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
+def alike(names: Sequence[str]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Stages alike but for numbers in their names, ``h.*.mlp``: what to call them, and where in the chain they are."""
+    groups: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        groups.setdefault(_pattern(name), []).append(index)
+    return tuple(
+        (_group_name(pattern, names[members[0]], names[members[-1]]), tuple(members))
+        for pattern, members in groups.items()
+    )
+
+
 def _group_name(pattern: str, first: str, last: str) -> str:
     """The pattern, unless it says nothing: for a single stage, and where names are all numbers."""
     if first == last:
@@ -298,19 +313,15 @@ def stage_groups(profile: Profile, precision: Precision) -> tuple[StageGroup, ..
     if measured is None:
         raise ValueError(f"The profile must hold the precision asked for, got {precision}.")
     times = measured.wall[-1]
-    groups: dict[str, list[tuple[StageRecord, StageTime, StageMemory]]] = {}
-    for row in zip(
-        profile.stages, times.stages, measured.memory_at(times.micro_batch_size).stages, strict=True
-    ):
-        groups.setdefault(_pattern(row[0].name), []).append(row)
+    memories = measured.memory_at(times.micro_batch_size).stages
     return tuple(
         StageGroup(
-            name=_group_name(pattern, rows[0][0].name, rows[-1][0].name),
-            count=len(rows),
-            parameter_count=sum(stage.parameter_count for stage, _, _ in rows),
-            forward_seconds=sum(time.forward_seconds for _, time, _ in rows),
-            backward_seconds=sum(time.backward_later_seconds for _, time, _ in rows),
-            kept_bytes=sum(bytes_at(memory.hold, times.micro_batch_size) for _, _, memory in rows),
+            name=name,
+            count=len(members),
+            parameter_count=sum(profile.stages[i].parameter_count for i in members),
+            forward_seconds=sum(times.stages[i].forward_seconds for i in members),
+            backward_seconds=sum(times.stages[i].backward_later_seconds for i in members),
+            kept_bytes=sum(bytes_at(memories[i].hold, times.micro_batch_size) for i in members),
         )
-        for pattern, rows in groups.items()
+        for name, members in alike([stage.name for stage in profile.stages])
     )

@@ -26,6 +26,7 @@ import numpy as np
 
 from planner.nested import RULED_OUT, Nest, Placed
 from planner.placement import Option, Units, ruled_out
+from planner.plan import Phase
 from profiler.profile_record import PrecisionMemory, bytes_at, peak_at
 
 
@@ -33,7 +34,7 @@ from profiler.profile_record import PrecisionMemory, bytes_at, peak_at
 class MemoryWindow:
     """The highest moment of one window of a step, with what it is made of, all in bytes."""
 
-    phase: str
+    phase: Phase
     micro_batch: int
     stage: int
     constant_bytes: int
@@ -161,7 +162,7 @@ class _Pass:
         standing = sum(sizes.gradient) if self.micro_batch else 0
         gradients = self._gradients_behind(stop - 1) if again else standing
         beside = sizes.carry[stop - 1] + 2 * sizes.segment if again else 0
-        phase = "recompute" if again else "forward"
+        phase: Phase = "recompute" if again else "forward"
         units: list[tuple[int, int, int]] = []
         inside = self._inside(start, stop, around)
         t = start
@@ -218,7 +219,7 @@ class _Pass:
         return sum(self.sizes.gradient if self.micro_batch else self.sizes.gradient[stage + 1 :])
 
     def _window(
-        self, phase: str, stage: int, held_bytes: int, gradient_bytes: int, own_bytes: int
+        self, phase: Phase, stage: int, held_bytes: int, gradient_bytes: int, own_bytes: int
     ) -> MemoryWindow:
         return MemoryWindow(
             phase=phase, micro_batch=self.micro_batch, stage=stage, constant_bytes=self.constant_bytes,

@@ -21,6 +21,9 @@ Seconds = Annotated[float, Meta(ge=0)]
 Joules = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0)]
 
+Phase = Literal["forward", "recompute", "backward", "optimizer"]
+"""What a window of a step does."""
+
 
 class Segment(Record):
     """Stages ``first`` to ``last`` (both included) run forward again in the backward pass.
@@ -223,12 +226,65 @@ class RunCost(Record):
     carbon_grams: Share | None
 
 
+class Window(Record):
+    """The highest moment of one window of a step: what is alive of what comes and goes.
+
+    ``micro_batch``: 0 for the first, 1 for a later one. ``stage``: its place in the chain. The optimizer's window has
+    neither.
+    """
+
+    phase: Phase
+    micro_batch: Annotated[int, Meta(ge=0, le=1)] | None
+    stage: Annotated[int, Meta(ge=0)] | None
+    gradient_bytes: int
+    activation_bytes: int
+    working_bytes: int
+
+    @property
+    def bytes_by_part(self) -> dict[str, int]:
+        """Its bytes by the names that a prediction gives to its parts."""
+        return {
+            "gradients": self.gradient_bytes,
+            "activations": self.activation_bytes,
+            "working": self.working_bytes,
+        }
+
+
+class Course(Record):
+    """The memory of a step as it runs: what stands throughout, and every window in order.
+
+    The windows are those of the first micro-batch, of a later one if there is one, and of the optimizer.
+    """
+
+    standing_bytes: dict[str, int]
+    windows: Annotated[tuple[Window, ...], Meta(min_length=1)]
+
+    def bytes_by_part(self, window: Window) -> dict[str, int]:
+        """All that is alive in a window."""
+        return {**self.standing_bytes, **window.bytes_by_part}
+
+
+class Stage(Record):
+    """What a stage of the chain takes for one micro-batch of the plan, before anything is recomputed.
+
+    ``backward_seconds``: of a micro-batch that adds to gradients, where there is one. ``kept_bytes``: what it keeps
+    from its forward to its backward.
+    """
+
+    name: str
+    parameter_count: Annotated[int, Meta(ge=0)]
+    forward_seconds: Seconds
+    backward_seconds: Seconds
+    kept_bytes: int
+
+
 class Plan(Document, tag="plan"):
     """One plan. ``micro_batch_size * gradient_accumulation_steps * world_size == global_batch_size``.
 
     ``noise_scale``: as the profile measured it, where it did. ``time_source``: what its times are made from.
     ``convergence`` None: the global batch was given, and plans were ordered by the time of a step. ``run``: what the
     whole run takes, where someone asked.
+    ``course`` and ``stages``: None in a file of an older version, and for a plan that took the place of the chosen one.
     """
 
     current_version: ClassVar[int] = 1
@@ -256,6 +312,8 @@ class Plan(Document, tag="plan"):
     trials: TrialsSummary | None = None
     convergence: Convergence | None = None
     run: RunCost | None = None
+    course: Course | None = None
+    stages: tuple[Stage, ...] | None = None
 
     def __post_init__(self) -> None:
         b, k, world = self.micro_batch_size, self.gradient_accumulation_steps, self.world_size

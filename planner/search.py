@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from planner.calibration import Calibration
 from planner.communication import ALONE, Distribution, catalogue_link
 from planner.cost import (
+    course_of,
     memory_error,
     memory_of_process,
     name_segments,
@@ -34,6 +35,7 @@ from planner.cost import (
     predict,
     resident_batches,
     seconds_by_kind,
+    stages_of,
     weighed,
 )
 from planner.energy import step_joules, watts_at
@@ -290,6 +292,8 @@ class Space:
             front=tuple(_choice(profile, row[4], row[5], self._terms) for row in _front(rows)),
             time_source=profile.time_source,
             noise_scale=profile.noise_scale,
+            course=course_of(profile, best.measured, choice, best.distribution),
+            stages=stages_of(profile, best.measured, choice, best.distribution),
         )
 
     def cost(self, cost: Cost) -> float:

@@ -1,12 +1,15 @@
-"""What every test may rely on: no network, no state of the user's, a skip where there is no GPU."""
+"""What every test may rely on: no network, no state of the user's, a browser, a skip where there is no GPU."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+from selenium import webdriver
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -29,3 +32,32 @@ def state_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyte
     home = tmp_path_factory.mktemp("state")
     monkeypatch.setenv("PLANNER_HOME", str(home))
     return home
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
+    """A headless Chromium that keeps what pages write to its console; without one tests skip, under CI they fail."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        missing = "needs chromium and chromedriver, as in Debian's chromium and chromium-driver"
+        if os.environ.get("CI") == "true":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for flag in (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'browser'}",
+    ):
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()

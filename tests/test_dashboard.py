@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -50,33 +48,6 @@ def server(storage_url: str) -> Iterator[subprocess.Popen[str]]:
 def address(server: subprocess.Popen[str]) -> str:
     assert server.stdout is not None
     return server.stdout.readline().strip()
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        missing = "needs chromium and chromedriver, as in Debian's chromium and chromium-driver"
-        if os.environ.get("CI") == "true":
-            pytest.fail(missing)
-        pytest.skip(missing)
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        f"--user-data-dir={tmp_path / 'browser'}",
-    ):
-        options.add_argument(flag)
-    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
 
 
 def test_the_page_shows_the_study_that_is_in_the_storage(address: str, browser: webdriver.Chrome) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FRONT_ROWS = 8
 """How many plans of the front are shown."""
 
-NEXT = ("explain", "verify", "train")
+NEXT = ("explain", "report", "verify", "train")
 """What one can do with a plan."""
 
 
@@ -183,7 +183,7 @@ def show(plan: Plan, path: Path, study: str | None, tried: Sequence[Tried] = ())
         of_source,
         table,
     )
-    from planner.explain import explain, segment_runs
+    from planner.explain import explain, proof_text, segment_runs
 
     out = console()
     predicted, why = plan.prediction, explain(plan)
@@ -214,11 +214,6 @@ def show(plan: Plan, path: Path, study: str | None, tried: Sequence[Tried] = ())
             if value >= NEGLIGIBLE * predicted.step_joules
         )
         energy = [("energy", f"{of_joules(predicted.step_joules)}{sure}"), ("", joules)]
-    proof = (
-        f"proven optimal under the model ({plan.objective.plans_considered} plans considered)"
-        if plan.objective.optimal
-        else f"no plan costs less than {plan.objective.lower_bound:.4f}"
-    )
     out.print(
         facts(
             [
@@ -248,7 +243,7 @@ def show(plan: Plan, path: Path, study: str | None, tried: Sequence[Tried] = ())
                 ),
                 ("", f"{memory}, at {why.peak_at}"),
                 *energy,
-                ("cost", f"{plan.objective.cost:.4f}, {proof}"),
+                ("cost", f"{plan.objective.cost:.4f}, {proof_text(plan.objective)}"),
                 *run_cost.rows(plan),
             ]
         )
