@@ -28,6 +28,7 @@ from planner.calibration import Calibration
 from planner.communication import ALONE, Distribution, catalogue_link
 from planner.cost import (
     course_of,
+    instead,
     memory_error,
     memory_of_process,
     name_segments,
@@ -303,6 +304,16 @@ class Space:
     def candidates(self) -> tuple[Knobs, ...]:
         """All knobs that were profiled and asked for."""
         return tuple(self._candidates)
+
+    def instead(self, plan: Plan, choice: Choice) -> Plan:
+        """Another plan of this space in the place of the one that costs least."""
+        candidate = self._candidates[Knobs.of(choice)]
+        return msgspec.structs.replace(
+            instead(plan, choice),
+            memory_budget_bytes=self.memory_budget_bytes,
+            course=course_of(self.profile, candidate.measured, choice, candidate.distribution),
+            stages=stages_of(self.profile, candidate.measured, choice, candidate.distribution),
+        )
 
     def knobs(self) -> tuple[Knobs, ...]:
         """Those with which at least one placement fits."""

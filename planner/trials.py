@@ -35,7 +35,6 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from planner.calibration import Residual
-from planner.cost import instead
 from planner.explain import checkpoint_text, chosen
 from planner.outcome import RAN, Outcome, TrialResult
 from planner.plan import Choice, Cost, Plan, TrialsSummary
@@ -117,6 +116,14 @@ def run_trials(
             worker.work()
         tried = _tried(study)
     return _best(space, plan, tried, name), tried
+
+
+def trials_of(storage_url: str, study_name: str) -> list[Tried] | None:
+    """The trials of a study, in their order; None where the storage has no such study."""
+    with quiet(), opened(storage_url) as storage:
+        if study_name not in optuna.get_all_study_names(storage):
+            return None
+        return _tried(optuna.load_study(study_name=study_name, storage=storage))
 
 
 def default_name(space: Space) -> str:
@@ -352,9 +359,7 @@ class _Worker:
         done = sum(map(_counts, self._study.get_trials(deepcopy=False)))
         words = f"trial {done} of {of}: {description(placement, choice)}"
         self._progress(words)
-        plan = msgspec.structs.replace(
-            instead(self._plan, choice), memory_budget_bytes=self._plan.memory_budget_bytes
-        )
+        plan = self._space.instead(self._plan, choice)
         ended = None
         try:
             ended = self._run(plan, self._terms)
@@ -477,7 +482,7 @@ def _best(space: Space, plan: Plan, tried: list[Tried], study_name: str) -> Plan
     )  # Infinite where it was not measured within the budget.
     if own is not None and best is not None and measured_cost_of(best) < enough:
         taken = best
-        plan = msgspec.structs.replace(instead(plan, best.choice), memory_budget_bytes=budget)
+        plan = space.instead(plan, best.choice)
     found = None if taken is None else taken.result
     own_cost = measured_cost_of(own)
     saved = 1 - measured_cost_of(taken) / own_cost if math.isfinite(own_cost) else None

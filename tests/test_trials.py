@@ -419,6 +419,19 @@ def test_a_full_disk_leaves_the_old_plan_as_it_was(
     assert sorted(each.name for each in small_disk.iterdir()) == ["ballast", "tower.plan.json"]
 
 
+def test_the_report_shows_what_trials_measured(
+    plans: Space, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, _ = run_trials(plans, TrialTerms(trials=2), url, run=Machine(slower=lambda choice: 1.25))
+    file, page = tmp_path / "gpt2.plan.json", tmp_path / "page.html"
+    plan.save(file)
+    assert main(["report", str(file), "--storage", url, "-o", str(page)]) == 0
+    assert "missing" not in capsys.readouterr().out
+    assert "-20.0%" in page.read_text().replace("\u2212", "-")
+    assert main(["report", str(file), "--storage", f"journal:{tmp_path / 'other'}", "-o", str(page)]) == 0
+    assert "give it with --storage" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "rule"),
     [

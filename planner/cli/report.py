@@ -1,7 +1,7 @@
 """Draw a plan on one page: what memory buys, memory and time of a step, what becomes of each stage.
 
 The page is one HTML file that needs no network, to open in a browser, to print or to send. Everything is read from
-the plan file: no model, no device.
+the plan file, and from the study of its trials where it had any: no model, no device.
 """
 
 from __future__ import annotations
@@ -9,8 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from planner.cli import arguments
+
+if TYPE_CHECKING:
+    from planner.plan import Plan
+    from planner.report import Trial
+
+
+TRIALS = "what its trials measured"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.output_file,
         help="default: PLAN's name, .report.html",
     )
+    parser.add_argument(
+        "--storage", metavar="URL", help="where the study of its trials is (default: the user's)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,16 +42,39 @@ def run(args: argparse.Namespace) -> int:
 
     plan = load_plan(args.plan)
     path: Path = args.output or Path(f"{_stem(args.plan)}.report.html")
-    drawn = page(plan).encode()
+    trials = _trials(plan, args.storage)
+    lacking = missing(plan) if trials is not None else (*missing(plan), TRIALS)
+    drawn = page(plan, trials or ()).encode()
     try:
         records.replace_whole(path, lambda file: file.write(drawn))
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}. Name another file with -o.") from error
     if args.json:
-        print(json.dumps({"plan_sha256": plan.sha256, "report": str(path), "missing": missing(plan)}))
+        print(json.dumps({"plan_sha256": plan.sha256, "report": str(path), "missing": lacking}))
     else:
-        show(path, missing(plan))
+        show(path, lacking)
     return 0
+
+
+def _trials(plan: Plan, storage: str | None) -> list[Trial] | None:
+    """The plan's trials that were measured; None where it had some and the storage does not know them."""
+    if plan.trials is None:
+        return []
+    from planner.storage import default_storage_url
+    from planner.trials import description, trials_of
+
+    tried = trials_of(storage or default_storage_url(), plan.trials.study)
+    if tried is None:
+        return None
+    return [
+        (
+            f"{each.number}: {description(each.placement, each.choice)}",
+            each.choice.prediction,
+            each.result.measured,
+        )
+        for each in tried
+        if each.result is not None and each.result.measured is not None
+    ]
 
 
 def _stem(plan: str) -> str:
@@ -51,5 +85,10 @@ def show(path: Path, missing: tuple[str, ...]) -> None:
     """Where the page went, and what it could not show."""
     from planner.cli.output import console, facts
 
-    lacking = f"{' and '.join(missing)}: make the plan again with planner optimize"
-    console().print(facts([("written to", str(path)), *([("missing", lacking)] if missing else [])]))
+    of_plan = [each for each in missing if each != TRIALS]
+    rows = [("written to", str(path))]
+    if of_plan:
+        rows.append(("missing", f"{' and '.join(of_plan)}: make the plan again with planner optimize"))
+    if TRIALS in missing:
+        rows.append(("missing", f"{TRIALS}: this storage has not their study, give it with --storage"))
+    console().print(facts(rows))
