@@ -323,7 +323,10 @@ def weighed(
 
 
 def instead(plan: Plan, choice: Choice) -> Plan:
-    """A plan of the search, such as a baseline, in place of the chosen one: to run it, whether or not it fits."""
+    """A plan of the search, such as a baseline, in place of the chosen one: to run it, whether or not it fits.
+
+    It says nothing of a target or a whole run, which were the chosen plan's.
+    """
     cost = objective(choice.prediction, plan.baselines.plain.prediction, plan.objective.weights)
     return msgspec.structs.replace(
         plan,
@@ -340,6 +343,8 @@ def instead(plan: Plan, choice: Choice) -> Plan:
         ),
         course=None,
         stages=None,
+        convergence=None,
+        run=None,
     )
 
 

@@ -15,6 +15,7 @@ import planner
 from executor.data import TrainingData
 from executor.training import _steps_of
 from planner.cli import main
+from planner.cost import instead
 from planner.plan import Plan, load_plan
 from planner.run_cost import run_of
 from profiler import energy, records
@@ -108,6 +109,11 @@ def test_a_baseline_is_on_the_same_scale() -> None:
     assert run_of(made, made.baselines.plain).carbon_grams == pytest.approx(2000)
     with pytest.raises(ValueError, match="has no run"):
         run_of(plan(), plan().baselines.plain)
+
+
+def test_a_baseline_in_place_of_the_plan_does_not_keep_the_plans_run() -> None:
+    made = planner.with_run_cost(plan(), samples=3000)
+    assert instead(made, made.baselines.plain).run is None
 
 
 def test_a_plan_keeps_its_run_in_its_file(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def rows(plan: Plan) -> list[tuple[str, str]]:
         f"{of_duration(run.seconds)} ± {plan.prediction.error.step_seconds:.1%}"
     )
     costs = [f"{_price(run)} at {run.price_per_hour:.2f} per hour{_devices(plan)}"] if _price(run) else []
-    costs += [cost for cost in (_energy(run), _carbon(run)) if cost]
+    costs += [_energy(run)] if _energy(run) else []
+    costs += [f"{_carbon(run)} CO2"] if _carbon(run) else []
     lines = [(name, length)]
     if costs:
         lines.append(("", ", ".join(costs)))
@@ -126,7 +127,7 @@ def _energy(run: RunCost) -> str:
 def _carbon(run: RunCost) -> str:
     from planner.cli.output import of_grams
 
-    return "" if run.carbon_grams is None else f"{of_grams(run.carbon_grams)} CO2"
+    return "" if run.carbon_grams is None else of_grams(run.carbon_grams)
 
 
 def _devices(plan: Plan) -> str:
