@@ -1,7 +1,8 @@
 """``make demo``: the whole path on a real model, with the commands that a user would type.
 
 GPT-2 small (124 M parameters) is profiled on this machine, the best plan under a budget below the plain plan's peak is
-found, plan and plain baseline are run and measured in processes of their own, and a few training steps follow.
+found and tried beside another for real, plan and plain baseline are run and measured in processes of their own, a few
+training steps follow, and a page shows it all.
 """
 
 from __future__ import annotations
@@ -28,15 +29,17 @@ def main() -> int:
     began = time.perf_counter()
     FOLDER.mkdir(exist_ok=True)
     os.environ.setdefault("PLANNER_HOME", str(FOLDER.resolve() / "home"))
-    profile, plan = FOLDER / "gpt2.profile.json", FOLDER / "gpt2.plan.json"
+    profile, plan, page = (FOLDER / f"gpt2.{name}" for name in ("profile.json", "plan.json", "report.html"))
     try:
-        _planner("profile", MODEL, "--seq-len", "256", "--batch", "1,2", "--steps", "3", "-o", str(profile))
+        _planner("profile", MODEL, "--seq-len", "256", "--batch", "2", "--steps", "3", "-o", str(profile))
         _planner(
-            "optimize", str(profile), "--global-batch-size", "4", "--memory-budget", BUDGET, "-o", str(plan)
-        )
+            "optimize", str(profile), "--global-batch-size", "4", "--memory-budget", BUDGET,
+            "--trials", "2", "--trial-steps", "2", "-o", str(plan),
+        )  # fmt: skip
         plain = _measure("verify", str(plan), "--baseline", "plain", "--steps", "3")
         best = _measure("verify", str(plan), "--steps", "3")
-        _planner("train", str(plan), "--steps", "4", "--output-dir", str(FOLDER / "run"))
+        _planner("train", str(plan), "--steps", "2", "--output-dir", str(FOLDER / "run"))
+        _planner("report", str(plan), "-o", str(page))
     except subprocess.CalledProcessError as failure:
         return failure.returncode
     picture = FOLDER / "memory.png"
@@ -50,7 +53,8 @@ def main() -> int:
     table = _table(plain, best)
     (FOLDER / "table.txt").write_text(table + "\n")
     print(f"\n{table}\n")
-    print(f"Picture: {picture}   Plan: {plan}   Study: planner dashboard --storage {_storage()}")
+    print(f"Page: {page}   Picture: {picture}   Plan: {plan}")
+    print(f"Trials in the dashboard: planner dashboard --storage {_storage()}")
     print(f"The demo took {time.perf_counter() - began:.0f} s.")
     return 0
 
