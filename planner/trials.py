@@ -380,7 +380,7 @@ class _Worker:
         for name in MEASURED:
             trial.set_user_attr(f"measured_{name}", getattr(measured, name))
         self._constrain(trial, measured)
-        self._study.tell(trial, measured_cost(self._space, ended.result))
+        self._study.tell(trial, measured_cost(self._space, choice, ended.result))
         error = ended.result.steady_error
         self._progress(
             f"{words}: {measured.step_seconds:.3g} s"
@@ -395,13 +395,19 @@ class _Worker:
             trial.set_constraint("bytes_over_budget", float(cost.peak_memory_bytes - budget))
 
 
-def measured_cost(space: Space, result: TrialResult) -> float:
-    """C of what a trial measured, its time taken at the speed that the device had in the profile."""
+def measured_cost(space: Space, choice: Choice, result: TrialResult) -> float:
+    """C of what a trial measured, its time taken at the speed that the device had in the profile.
+
+    Where watts were stated and no counter tells joules, these are what the stated watts draw in the measured time.
+    """
     assert result.measured is not None
     assert result.steady_seconds is not None
-    reference = space.baselines.plain.prediction
+    reference, predicted = space.baselines.plain.prediction, choice.prediction
     steady = result.steady_seconds / reference.steady_seconds * reference.step_seconds
-    return space.cost(msgspec.structs.replace(result.measured, step_seconds=steady))
+    joules = result.measured.step_joules
+    if joules is None and predicted.step_joules is not None:
+        joules = predicted.step_joules * result.steady_seconds / predicted.steady_seconds
+    return space.cost(msgspec.structs.replace(result.measured, step_seconds=steady, step_joules=joules))
 
 
 def description(placement: str, choice: Choice) -> str:

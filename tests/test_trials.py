@@ -24,12 +24,12 @@ import profiler
 from planner.cli import main
 from planner.explain import chosen
 from planner.outcome import Outcome, TrialResult
-from planner.plan import Choice, Cost, Plan
+from planner.plan import Choice, Cost, Plan, Weights
 from planner.search import Knobs, Space, space
 from planner.storage import open_storage, opened
 from planner.trial_process import Ended, TrialTerms, run_in_process
 from planner.trials import WORTH_CHANGING, run_trials
-from profiler import records
+from profiler import energy, records
 from profiler.profile_record import Profile
 from profiler.registry import build
 from profiler.workload_spec import WorkloadSpec, resolve
@@ -209,6 +209,13 @@ class TestTheStudy:
         assert [each.message for each in tried[:3]] == [
             "it was a out_of_memory", "it was a timeout", "it was a crash",
         ]  # fmt: skip
+
+    def test_stated_watts_price_the_time_that_was_measured(self, recorded: Profile, url: str) -> None:
+        """All of the cost is energy, at the same watts in every phase: it is as much off as the time."""
+        stated = msgspec.structs.replace(recorded, energy=energy.stated(100.0, ["fp32", "bf16"]))
+        plans = space(stated, 8, weights=Weights(time=0.0, energy=1.0))
+        _, tried = run_trials(plans, TrialTerms(trials=1), url, run=Machine(slower=lambda choice: 1.5))
+        assert tried[0].cost == pytest.approx(1.5 * plans.plan().objective.cost)
 
     def test_an_interrupted_study_goes_on_where_it_was(self, plans: Space, url: str) -> None:
         count = iter(range(100))
