@@ -247,10 +247,10 @@ def plan_nest(
     gradient_accumulation_steps: int,
     resident_batches: int,
 ) -> Nest:
-    """The chain of ``plan_units`` for the solver of nested plans; needs are above what is constant.
+    """The chain of ``plan_units`` for the solver of nested plans; needs are those of the timeline, above what is
+    constant.
 
-    They are never less than the timeline's: a stage that runs again is charged as one in the middle of its segment,
-    and a segment that runs again with its input throughout.
+    Beyond case 0 there is one for each size of input that a segment's first stage does not save, and the last.
     """
     sizes = _Sizes.of(memory, micro_batch_size)
     constant = constant_bytes(memory, micro_batch_size, resident_batches)
@@ -267,15 +267,24 @@ def plan_nest(
     later = np.append(np.cumsum(gradient[::-1])[::-1], 0)
     held = np.append(0, array(sizes.carry)) + (standing if accumulates else later) + 2 * sizes.segment
     held[length] = standing
-    inside = np.maximum(array(sizes.forward), array(sizes.rebuild_first))
-    at_end = np.maximum(array(sizes.recompute), array(sizes.rebuild_single))
-    keep_need = np.maximum(inside[:, None] + held, backward[:, None])
+    allowed = np.triu(units.need < ruled_out(units.need.dtype), 1)
+    unsaved = np.where(allowed.any(axis=1) & ~np.array(sizes.saves_input), array(sizes.input), 0)
+    beside = np.append(np.unique(np.append(0, unsaved)), 0)
+    last = len(beside) - 1
+    after_keep = np.repeat(np.arange(last + 1), length).reshape(last + 1, length)
+    after_keep[last] = np.searchsorted(beside[:last], unsaved)
     stages = np.arange(length)
-    keep_need[stages, stages + 1] = np.maximum(at_end + held[1:], backward)
-    keep_need[:, length] = np.maximum(array(sizes.forward) + standing, backward)
+    keep_need = np.empty((last + 1, length, length + 1), dtype=np.int64)
+    for case, extra in enumerate(beside.tolist()):
+        inside, at_end = sizes.forward, sizes.recompute
+        if case == last:
+            inside, at_end = sizes.rebuild_first, sizes.rebuild_single
+        keep_need[case] = array(inside)[:, None] + held
+        keep_need[case, stages, stages + 1] = array(at_end) + held[1:] + extra
+    keep_need[:, :, length] = array(sizes.forward) + standing
+    keep_need = np.maximum(keep_need, backward[:, None])
     dropped_held = np.append(0, np.cumsum(array(sizes.dropped_hold)))
     dropped_total = dropped_held - dropped_held[:-1, None]
-    allowed = np.triu(units.need < ruled_out(units.need.dtype), 1)
     run_need = np.full((length, length + 1), RULED_OUT, dtype=np.int64)
     for i in range(length):
         windows = array(sizes.dropped[i:]) + dropped_total[i, i:length] + sizes.input[i]
@@ -289,12 +298,14 @@ def plan_nest(
         option_hold[option.stage], option_cost[option.stage] = option.hold, option.cost
     return Nest(
         keep_need=keep_need,
+        after_keep=after_keep,
+        beside=beside,
         keep_hold=array(sizes.hold),
         keep_cost=units.keep_cost.astype(np.int64),
         run_need=run_need,
         run_hold=units.hold.astype(np.int64),
         run_cost=units.cost.astype(np.int64),
-        again_hold=dropped_total + np.where(sizes.saves_input, 0, sizes.input)[:, None],
+        again_hold=dropped_total,
         again_need=np.where(allowed, units.need - constant, 0),
         held=held,
         end_need=np.zeros(length + 1, dtype=np.int64),

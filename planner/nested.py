@@ -13,8 +13,18 @@ end. Both lines above ask for shorter stretches only:
                           min over k of  run_cost[i, k] + least[k, j](a - run_hold[i, k])
                                          + least[i, k](a - again_hold[i, k])     where a >= run_need[i, k] + held[j] )
 
-Every plan is one way through these two lines, so least[0, L] is the complete frontier, and its own proof. A function is
-held in one of two ways, both exact:
+Every plan is one way through these two lines, so least[0, L] is the complete frontier, and its own proof.
+
+What a forward needs as a segment runs again may depend on how the segment began, so a stretch comes in *cases*,
+``least[c, i, j]``, of which a chain has those that differ:
+
+    0       stages ran before i, or nothing runs again
+    1 ..    the same, and the segment's input stays beside every forward, since its first stage saved none of it
+    last    the segment begins at i, and finds nothing of the stage before
+
+A stretch behind a kept stage is in the case ``after_keep`` of it. One behind a segment is in the same case, in case 0
+where that segment was the first; and a segment runs again in the last case. A function is held in one of two ways, both
+exact:
 
     slots   its value at every multiple of the sizes' common unit, where there are few of them
     steps   the points where it falls, where the sizes are odd numbers of bytes
@@ -47,7 +57,11 @@ class Nest:
     """What the recursion must know of a chain of L stages, in whole numbers; entries with j <= i are never read."""
 
     keep_need: Integers
-    """[i, j]: the worst moment of stage i kept, forward or backward, in a plan that ends before j; L x (L + 1)."""
+    """[c, i, j]: the worst moment of stage i kept, forward or backward, in a plan that ends before j."""
+    after_keep: Integers
+    """[c, i]: the case behind stage i kept in case c."""
+    beside: Integers
+    """[c]: what stays beside every forward that keeps nothing."""
     keep_hold: Integers
     """[i]: what a kept stage holds from its forward to its backward."""
     keep_cost: Integers
@@ -111,21 +125,25 @@ class Solution:
         self._nest = nest
         self._length = len(nest.keep_cost)
         self._table = table
-        self.points = tuple(table.steps(0, self._length))
+        self._last = len(nest.beside) - 1
+        self.points = tuple(table.steps(self._length))
 
     def placed(self, need: int) -> Placed:
         """A fastest plan within ``need``; its ``selective`` stages are those that are treated in one more way."""
         segments: list[tuple[int, int]] = []
         options: list[int] = []
-        self._walk(0, self._length, need, segments, options)
+        self._walk(0, 0, self._length, need, segments, options)
         return Placed(segments=tuple(segments), selective=tuple(options))
 
-    def _walk(self, i: int, j: int, room: int, segments: list[tuple[int, int]], options: list[int]) -> None:
+    def _walk(
+        self, case: int, i: int, j: int, room: int, segments: list[tuple[int, int]], options: list[int]
+    ) -> None:
         nest = self._nest
         while i < j:
-            k = self._unit_end(i, j, room)
+            k = self._unit_end(case, i, j, room)
             if k == KEPT:
                 room -= int(nest.keep_hold[i])
+                case = int(nest.after_keep[case, i])
                 i += 1
             elif k == OPTION:
                 options.append(i)
@@ -133,25 +151,31 @@ class Solution:
                 i += 1
             else:
                 segments.append((i, k))
-                self._walk(i, k, room - int(nest.again_hold[i, k]), segments, options)
+                self._walk(self._last, i, k, room - int(nest.again_hold[i, k]), segments, options)
                 room -= int(nest.run_hold[i, k])
+                case = self._behind(case)
                 i = k
 
-    def _unit_end(self, i: int, j: int, room: int) -> int:
+    def _behind(self, case: int) -> int:
+        """The case behind a segment."""
+        return 0 if case == self._last else case
+
+    def _unit_end(self, case: int, i: int, j: int, room: int) -> int:
         """Where the segment that begins at i ends in an optimal plan(i, j); or ``KEPT`` or ``OPTION``."""
         nest, least = self._nest, self._table.least
-        cost = least(i, j, room)
-        kept = least(i + 1, j, room - int(nest.keep_hold[i])) + int(nest.keep_cost[i])
-        if room >= nest.keep_need[i, j] and kept == cost:
+        cost = least(case, i, j, room)
+        kept = least(int(nest.after_keep[case, i]), i + 1, j, room - int(nest.keep_hold[i]))
+        if room >= nest.keep_need[case, i, j] and kept + int(nest.keep_cost[i]) == cost:
             return KEPT
         if j == self._length and 0 <= nest.option_need[i] <= room:
-            rest = least(i + 1, j, room - int(nest.option_hold[i]))
+            rest = least(case, i + 1, j, room - int(nest.option_hold[i]))
             if rest + int(nest.option_cost[i]) == cost:
                 return OPTION
         for k in range(i + 1, j):
-            if 0 <= nest.run_need[i, k] <= room - nest.held[j]:
-                rest = least(k, j, room - int(nest.run_hold[i, k]))
-                if rest + least(i, k, room - int(nest.again_hold[i, k])) + int(nest.run_cost[i, k]) == cost:
+            if 0 <= nest.run_need[i, k] <= room - nest.held[j] - nest.beside[case]:
+                rest = least(self._behind(case), k, j, room - int(nest.run_hold[i, k]))
+                again = least(self._last, i, k, room - int(nest.again_hold[i, k]))
+                if rest + again + int(nest.run_cost[i, k]) == cost:
                     return k
         raise AssertionError(f"no plan leads through the table of stages {i} to {j} at {room}")
 
@@ -169,21 +193,22 @@ def single_level(nest: Nest) -> Solution | None:
 
 def _common_unit(nest: Nest) -> int:
     """The greatest size of which all sizes that are read are multiples."""
-    above = np.triu(np.ones_like(nest.keep_need, dtype=bool), 1)
+    above = np.triu(np.ones_like(nest.keep_need[0], dtype=bool), 1)
     options = nest.option_need != RULED_OUT
     read = (
-        nest.keep_need[above], nest.keep_hold, nest.run_need[nest.allowed], nest.run_hold[nest.allowed],
-        nest.again_hold[nest.allowed], nest.again_need[nest.allowed], nest.held, nest.end_need,
-        nest.option_need[options], nest.option_hold[options],
+        nest.keep_need[:, above].ravel(), nest.keep_hold, nest.beside, nest.run_need[nest.allowed],
+        nest.run_hold[nest.allowed], nest.again_hold[nest.allowed], nest.again_need[nest.allowed], nest.held,
+        nest.end_need, nest.option_need[options], nest.option_hold[options],
     )  # fmt: skip
     return int(np.gcd.reduce(np.concatenate(read))) or 1
 
 
 @dataclass(frozen=True, slots=True)
 class _Slots:
-    """``rows[i, j, a]``: least[i, j] of ``a`` units; ``never`` where there is no plan.
+    """``rows[c, i, j, a]``: least[c, i, j] of ``a`` units; ``never`` where there is no plan.
 
-    With a single level there is one column, for j = L; a segment runs again in ``again_need``, at a cost of ``whole``.
+    With a single level there is one case, and one column for j = L; a segment runs again in ``again_need``, at a cost
+    of ``whole``.
     """
 
     rows: NDArray[Any]
@@ -197,7 +222,8 @@ class _Slots:
         """None for a chain with too many slots."""
         unit = _common_unit(nest)
         room = int(nest.end_need[-1])
-        for need, hold in zip(nest.keep_need[::-1, -1].tolist(), nest.keep_hold[::-1].tolist(), strict=True):
+        at_the_top = nest.keep_need[0, :, -1]
+        for need, hold in zip(at_the_top[::-1].tolist(), nest.keep_hold[::-1].tolist(), strict=True):
             room = max(need, room + hold)
         slots = room // unit + 1
         if slots > MOST_SLOTS:
@@ -208,32 +234,33 @@ class _Slots:
         longest = int(np.maximum(nest.keep_cost, nest.option_cost).sum() + length * again)
         dtype = np.int32 if longest < 2**28 else np.int64
         never = 2 * longest + 1
-        rows = np.empty((length + 1, 1 if single else length + 1, slots), dtype)
+        cases = len(nest.beside)
+        rows = np.empty((cases, length + 1, 1 if single else length + 1, slots), dtype)
         from planner.kernels import fill_slots
 
         def units(sizes: Integers) -> Integers:
             return np.where(sizes == RULED_OUT, RULED_OUT, sizes // unit)
 
         fill_slots(
-            units(nest.keep_need), units(nest.keep_hold), nest.keep_cost.astype(dtype), units(nest.run_need),
-            units(nest.run_hold), nest.run_cost.astype(dtype), units(nest.again_hold), units(nest.again_need),
-            units(nest.held), units(nest.end_need), units(nest.option_need), units(nest.option_hold),
-            nest.option_cost.astype(dtype), dtype(never), rows,
+            units(nest.keep_need), nest.after_keep, units(nest.beside), units(nest.keep_hold),
+            nest.keep_cost.astype(dtype), units(nest.run_need), units(nest.run_hold), nest.run_cost.astype(dtype),
+            units(nest.again_hold), units(nest.again_need), units(nest.held), units(nest.end_need),
+            units(nest.option_need), units(nest.option_hold), nest.option_cost.astype(dtype), dtype(never), rows,
         )  # fmt: skip
         return cls(rows, unit, never, nest.again_need, np.insert(nest.keep_cost.cumsum(), 0, 0))
 
-    def least(self, i: int, j: int, room: int) -> float:
+    def least(self, case: int, i: int, j: int, room: int) -> float:
         if room < 0:
             return math.inf
-        if self.rows.shape[1] == 1:
+        if self.rows.shape[2] == 1:
             if j < len(self.whole) - 1:
                 return int(self.whole[j] - self.whole[i]) if room >= self.again_need[i, j] else math.inf
             j = 0
-        cost = int(self.rows[i, j, min(room // self.unit, self.rows.shape[2] - 1)])
+        cost = int(self.rows[case, i, j, min(room // self.unit, self.rows.shape[3] - 1)])
         return math.inf if cost >= self.never else cost
 
-    def steps(self, i: int, j: int) -> Iterator[tuple[int, int]]:
-        row = self.rows[i, 0 if self.rows.shape[1] == 1 else j]
+    def steps(self, length: int) -> Iterator[tuple[int, int]]:
+        row = self.rows[0, 0, 0 if self.rows.shape[2] == 1 else length]
         falls = np.concatenate(([True], row[1:] < row[:-1])) & (row < self.never)
         for slot in np.flatnonzero(falls).tolist():
             yield slot * self.unit, int(row[slot])
@@ -241,7 +268,7 @@ class _Slots:
 
 @dataclass(frozen=True, slots=True)
 class _Steps:
-    """The steps of least[i, j] are needs and costs from ``begin[i, j]`` to ``end[i, j]``."""
+    """The steps of least[c, i, j] are needs and costs from ``begin[c, i, j]`` to ``end[c, i, j]``."""
 
     needs: Integers
     costs: Integers
@@ -255,11 +282,11 @@ class _Steps:
         arguments = (getattr(nest, each.name) for each in fields(nest) if each.name != "again_need")
         return cls(*fill_steps(*arguments))
 
-    def least(self, i: int, j: int, room: int) -> float:
-        begin, end = self.begin[i, j], self.end[i, j]
+    def least(self, case: int, i: int, j: int, room: int) -> float:
+        begin, end = self.begin[case, i, j], self.end[case, i, j]
         at = begin + int(np.searchsorted(self.needs[begin:end], room, side="right")) - 1
         return math.inf if at < begin else int(self.costs[at])
 
-    def steps(self, i: int, j: int) -> Iterator[tuple[int, int]]:
-        span = slice(int(self.begin[i, j]), int(self.end[i, j]))
+    def steps(self, length: int) -> Iterator[tuple[int, int]]:
+        span = slice(int(self.begin[0, 0, length]), int(self.end[0, 0, length]))
         yield from zip(self.needs[span].tolist(), self.costs[span].tolist(), strict=True)

@@ -410,7 +410,9 @@ def _nest(f: Any, b: Any, x: Any, xb: Any, tf: Any, tb: Any) -> Nest:
     )
     elapsed = np.insert(f.cumsum(), 0, 0)
     return Nest(
-        keep_need=np.maximum(held + (xb + tf)[:, None], (x[1:] + xb + x[:-1] + tb)[:, None]),
+        keep_need=np.maximum(held + (xb + tf)[:, None], (x[1:] + xb + x[:-1] + tb)[:, None])[None],
+        after_keep=np.zeros((1, length), np.int64),
+        beside=np.zeros(1, np.int64),
         keep_hold=xb,
         keep_cost=f + b,
         run_need=run_need,

@@ -260,7 +260,7 @@ class Space:
         profile, rows, weights = self.profile, self._rows, self.weights
         feasible = [row for row in rows if self._fits(row)]
         if not feasible:
-            tightest = min(rows, key=lambda row: (row[3], row[2]))
+            tightest = min(rows, key=lambda row: (self._terms.needed(row[3], row[4].loss_chunks), row[2]))
             raise _infeasible(profile, tightest, self._terms, self.memory_budget_bytes)
         lower_bound, _, _, _, best, index, _ = min(feasible, key=lambda row: row[:4])
         choice = _choice(profile, best, index, self._terms)
@@ -454,6 +454,10 @@ class _Terms:
     def error(self, loss_chunks: int | None) -> float:
         """The error of a peak, which is wider with the loss in chunks."""
         return self.memory_error if loss_chunks is None else max(self.memory_error, CHUNKS_ERROR)
+
+    def needed(self, peak_bytes: int, loss_chunks: int | None) -> float:
+        """The memory that a predicted peak asks for, with its error."""
+        return peak_bytes * (1 + self.error(loss_chunks))
 
     def limit(self, loss_chunks: int | None) -> float:
         """The largest predicted peak that fits."""
@@ -771,7 +775,7 @@ def _infeasible(profile: Profile, row: Row, terms: _Terms, budget: int | None) -
     spread = f", ZeRO stage {choice.zero_stage} on {world_size} processes" if world_size > 1 else ""
     return NoFeasiblePlan(
         f"No plan fits {size_text(budget or 0)}: the tightest needs "
-        f"{size_text(choice.prediction.peak_memory_bytes * (1 + margin))} "
+        f"{size_text(terms.needed(choice.prediction.peak_memory_bytes, choice.loss_chunks))} "
         f"({choice.precision}, micro-batch {choice.micro_batch_size}, "
         f"k = {choice.gradient_accumulation_steps}, {recomputed}{spread}; {margin:.1%} margin included). "
         "Raise --memory-budget, or profile smaller micro-batches or other precisions.",

@@ -161,7 +161,6 @@ def test_a_budget_that_the_whole_logits_break_is_met_by_chunks(profiled: tuple[W
     assert f"the loss in {CHUNKS} chunks" in checkpoint_text(plan.checkpoint, plan.loss_chunks)
     plain = plan.baselines.plain.prediction
     assert plan.prediction.peak_memory_bytes < 0.8 * plain.peak_memory_bytes
-    assert plan.prediction.step_seconds > plain.step_seconds
 
 
 def test_a_plan_with_chunks_for_another_kind_of_model_is_refused_before_anything_changes(

@@ -29,7 +29,8 @@ from profiler import energy, records
 from profiler.energy import RaplCounter, Window, repeat, watts_beyond
 from profiler.profile_record import EnergyProfile, PhaseWatts, Precision, Profile
 from tests.models import mlp
-from tests.test_search import GLOBAL_BATCH, SEEDS, placements_of, random_profile, seconds_and_peak
+from tests.profiles import placements_of, random_profile
+from tests.test_search import GLOBAL_BATCH, SEEDS, seconds_and_peak
 
 CPU = torch.device("cpu")
 RANGE_MICROJOULES = 262_143_328_850

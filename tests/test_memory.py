@@ -13,8 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.memory import constant_bytes, optimizer_peak_bytes, peak_window, plan_units, timeline
-from planner.nested import PLAIN, Placed, depths
+from planner.memory import (
+    constant_bytes,
+    optimizer_peak_bytes,
+    peak_window,
+    plan_nest,
+    plan_units,
+    timeline,
+)
+from planner.nested import PLAIN, Placed, depths, nested
 from planner.placement import Units, pareto
 from profiler import memory
 from profiler.chain import Stage, discover, recomputable_stages
@@ -24,7 +31,6 @@ from profiler.profile_record import (
     Curve,
     Precision,
     PrecisionMemory,
-    SelectiveMemory,
     StageMemory,
     bytes_at,
     peak_at,
@@ -39,6 +45,7 @@ from studies.composition import (
     tracer_of,
 )
 from tests.models import ZOO
+from tests.profiles import every_nested_placement, every_placement, memories, worthwhile_stage_memories
 
 BATCH_SIZES = (1, 2, 3, 7, 16)
 LOSS_BYTES = 4
@@ -167,43 +174,6 @@ def test_a_timeline_with_the_products_kept_of_a_stage_without_such_curves_is_ref
 
 # What follows needs no model: profiles made of random numbers.
 
-sizes = st.integers(0, 40)
-
-
-def whole(affine: AffineBytes) -> AffineBytes:
-    return float(round(affine[0])), float(round(affine[1]))
-
-
-@st.composite
-def memories(draw: st.DrawFn, longest: int = 6) -> PrecisionMemory:
-    def affine() -> AffineBytes:
-        return float(draw(sizes)), float(draw(sizes))
-
-    def curve() -> Curve:
-        return tuple(affine() for _ in range(draw(st.integers(1, 2))))
-
-    def stage() -> StageMemory:
-        return StageMemory(
-            input=affine(), saves_input=draw(st.booleans()), hold=affine(), dropped_hold=affine(),
-            carry=affine(), gradient=(float(draw(sizes)), 0.0), forward=curve(), recompute=curve(),
-            rebuild_first=curve(), rebuild_single=curve(),
-            dropped=curve(), dropped_first=curve(), backward_first=curve(), backward_later=curve(),
-            selective=draw(st.none() | st.builds(
-                SelectiveMemory, hold=st.tuples(st.floats(0, 40), st.floats(0, 40)).map(whole),
-                forward=st.just(curve()), rebuild=st.just(curve()),
-            )),
-        )  # fmt: skip
-
-    return PrecisionMemory(
-        parameter_bytes=draw(sizes),
-        buffer_bytes=draw(sizes),
-        optimizer_state_bytes=draw(sizes),
-        other_bytes=draw(sizes),
-        batch=affine(),
-        optimizer=curve(),
-        stages=tuple(stage() for _ in range(draw(st.integers(1, longest)))),
-    )
-
 
 def units_of(memory: PrecisionMemory, b: int, k: int, cost: np.ndarray | None = None) -> Units:
     length = len(memory.stages)
@@ -275,6 +245,33 @@ def test_every_point_of_the_frontier_has_the_peak_of_its_own_timeline(
         assert peak == peak_of_timeline(memory, placed, b, k)
         recomputed = sum(cost[start, stop] for start, stop in placed.segments)
         assert time == recomputed + sum(option.cost for option in taken)
+
+
+@given(memories(4, 6, worthwhile_stage_memories()), st.integers(1, 4), st.integers(1, 2))
+@settings(max_examples=100)
+def test_the_frontier_with_nested_segments_is_that_of_every_placement_by_its_timeline(
+    memory: PrecisionMemory, b: int, k: int
+) -> None:
+    """Of each stage that runs forward again the cost is 1, and of one that keeps its products its number and 1."""
+    length = len(memory.stages)
+    units = units_of(memory, b, k, np.triu(np.arange(length + 1) - np.arange(length)[:, None]))
+    nest = plan_nest(memory, units, micro_batch_size=b, gradient_accumulation_steps=k, resident_batches=k)
+    solution, constant = nested(nest), constant_bytes(memory, b, k)
+    plans = sorted(
+        (peak_of_timeline(memory, placed, b, k), cost_of(placed))
+        for outer in every_placement(inner(length).tolist(), selectable(memory))
+        for placed in every_nested_placement(outer)
+    )
+    lowest = [min(cost for _, cost in plans[: n + 1]) for n in range(len(plans))]
+    falls = [plans[n] for n in range(len(plans)) if n == 0 or lowest[n] < lowest[n - 1]]
+    assert [(need + constant, cost) for need, cost in solution.points] == falls
+    for need, cost in solution.points:
+        placed = solution.placed(need)
+        assert (peak_of_timeline(memory, placed, b, k), cost_of(placed)) == (need + constant, cost)
+
+
+def cost_of(placed: Placed) -> int:
+    return sum(stop - start for start, stop in placed.segments) + sum(stage + 1 for stage in placed.selective)
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))

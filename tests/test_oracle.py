@@ -16,7 +16,8 @@ from planner.placement import pareto
 from profiler.profile_record import PrecisionMemory
 from tests.models import ZOO
 from tests.oracle import HandMade, Layer, Step, walk, windows_of
-from tests.test_memory import LEFTOVERS, LOSS_BYTES, SLACK_BYTES, curves, executed, memories, settings_of
+from tests.profiles import memories
+from tests.test_memory import LEFTOVERS, LOSS_BYTES, SLACK_BYTES, curves, executed, settings_of
 
 sizes = st.integers(0, 100)
 

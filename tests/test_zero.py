@@ -34,7 +34,8 @@ from profiler.profile_record import (
 from profiler.workspaces import Workspaces
 from studies.zero import QUICK, WORLD_SIZE, measure
 from tests.models import gpt2, mlp
-from tests.test_search import GLOBAL_BATCH, every_placement, random_profile
+from tests.profiles import every_placement, random_profile
+from tests.test_search import GLOBAL_BATCH
 
 ROOT = Path(__file__).parent.parent
 LINK = Link(world_size=2, backend="gloo", latency_seconds=0.25, bytes_per_second=16.0, error=0.1)
