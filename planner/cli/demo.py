@@ -31,13 +31,13 @@ def main() -> int:
     os.environ.setdefault("PLANNER_HOME", str(FOLDER.resolve() / "home"))
     profile, plan, page = (FOLDER / f"gpt2.{name}" for name in ("profile.json", "plan.json", "report.html"))
     try:
-        _planner("profile", MODEL, "--seq-len", "256", "--batch", "2", "--steps", "3", "-o", str(profile))
+        _planner("profile", MODEL, "--seq-len", "256", "--batch", "2", "--steps", "2", "-o", str(profile))
         _planner(
             "optimize", str(profile), "--global-batch-size", "4", "--memory-budget", BUDGET,
-            "--trials", "2", "--trial-steps", "2", "-o", str(plan),
+            "--trials", "1", "--trial-steps", "2", "-o", str(plan),
         )  # fmt: skip
-        plain = _measure("verify", str(plan), "--baseline", "plain", "--steps", "3")
-        best = _measure("verify", str(plan), "--steps", "3")
+        plain = _measure("verify", str(plan), "--baseline", "plain", "--steps", "2")
+        best = _measure("verify", str(plan), "--steps", "2")
         _planner("train", str(plan), "--steps", "2", "--output-dir", str(FOLDER / "run"))
         _planner("report", str(plan), "-o", str(page))
     except subprocess.CalledProcessError as failure:

@@ -70,4 +70,4 @@ def _misbehave() -> None:
     elif fault == "exit":
         os._exit(7)
     elif fault == "memory":
-        torch.ones(2**28).sum()
+        torch.ones(2**29).sum()
