@@ -90,11 +90,21 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Tell glibc's malloc to reuse freed blocks, for the rest of this process; whether it could be told."""
-    if not sys.platform.startswith("linux"):
+    """Tell glibc's malloc to reuse freed blocks, for the rest of this process; whether it was told.
+
+    Not in a process whose memory is limited: between blocks that are kept are holes, and the limit counts them.
+    """
+    if not sys.platform.startswith("linux") or _is_limited():
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def _is_limited() -> bool:
+    import resource  # Not on every platform.
+
+    limits = (resource.RLIMIT_DATA, resource.RLIMIT_AS)
+    return any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits)
 
 
 def process_cpu_seconds() -> float:
