@@ -44,7 +44,9 @@ def apply_checkpoints(model: nn.Module, plan: Plan) -> Checkpoints:
     stretches = []
     for segment in plan.checkpoint:
         stretch = Stretch(
-            Call.parse(segment.enter), Call.parse(segment.leave), selective=segment.mode == "selective"
+            Call.parse(segment.enter),
+            Call.parse(segment.leave),
+            keeping=None if segment.mode == "recompute" else segment.mode,
         )
         for call in (stretch.enter, stretch.leave):
             if call is not None and call.module not in modules:

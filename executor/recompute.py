@@ -46,7 +46,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_on
 from profiler.chain import Call
 from profiler.chunked import ChunkedLoss
 from profiler.live import QuickMode
-from profiler.selective import is_kept
+from profiler.profile_record import Keeping
+from profiler.selective import keepers
 
 
 class SegmentError(RuntimeError):
@@ -57,13 +58,13 @@ class SegmentError(RuntimeError):
 class Stretch:
     """A segment for the hooks: from the entry of one module call to the entry of another (None: the end).
 
-    ``inside``: the segments that its second run recomputes in turn. ``selective``: products and attention are kept.
+    ``inside``: the segments that its second run recomputes in turn. ``keeping``: what a selective one keeps.
     """
 
     enter: Call
     leave: Call | None
     inside: tuple[Stretch, ...] = ()
-    selective: bool = False
+    keeping: Keeping | None = None
 
     def with_all_inside(self) -> Iterator[Stretch]:
         """This segment and those inside of it, outer before inner ones."""
@@ -311,17 +312,18 @@ def _versions(outputs: Any) -> tuple[int, ...]:
 
 
 class _Keep(QuickMode):
-    """Keeps what products and attention make."""
+    """Keeps what products and attention make, all of it or where it is narrow."""
 
-    def __init__(self, kept: list[_Kept]) -> None:
+    def __init__(self, how: Keeping, kept: list[_Kept]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._how = how
         self._kept = kept
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        if is_kept(func, args, kwargs or {}):
+        if self._how in keepers(func, args, kwargs or {}):
             self._kept.append(_Kept.of(outputs))
         return outputs
 
@@ -329,15 +331,16 @@ class _Keep(QuickMode):
 class _Give(QuickMode):
     """Gives what was kept in the place of making it again, in the same order."""
 
-    def __init__(self, kept: list[_Kept]) -> None:
+    def __init__(self, how: Keeping, kept: list[_Kept]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._how = how
         self._kept = kept
         self._kept.reverse()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if not is_kept(func, args, kwargs or {}) or not self._kept:
+        if not self._kept or self._how not in keepers(func, args, kwargs or {}):
             return func(*args, **(kwargs or {}))
         kept = self._kept.pop()
         if _versions(kept.outputs) != kept.versions:
@@ -380,8 +383,8 @@ class _Recorder(TorchFunctionMode):
         marker = torch.empty((), requires_grad=True).view(())
         self._first_node = _sequence_number(marker)
         self._contexts = contextlib.ExitStack()
-        if self.stretch.selective:
-            self._contexts.enter_context(_Keep(self._kept))
+        if self.stretch.keeping is not None:
+            self._contexts.enter_context(_Keep(self.stretch.keeping, self._kept))
         self._contexts.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
         self._contexts.enter_context(self)
 
@@ -525,7 +528,7 @@ class _Recorder(TorchFunctionMode):
         assert region.random is not None
         calls, slots, things, random = region.calls, region.slots, region.things, region.random
         region.calls, region.slots, region.things, region.random = None, {}, {}, None
-        counts = self._owner.counts
+        counts, how = self._owner.counts, self.stretch.keeping
         counts[self._owner.index(region.stretch)][1] += 1
         last = region.last_own_holder
         passed = region.first_holder
@@ -550,7 +553,7 @@ class _Recorder(TorchFunctionMode):
             self._owner.replaying(self._owner.index(self.stretch)),
             random.restored(),
             self._autocast.restored(),
-            _Give(self._kept) if self.stretch.selective else contextlib.nullcontext(),
+            contextlib.nullcontext() if how is None else _Give(how, self._kept),
             torch.autograd.graph.saved_tensors_hooks(pack, unpack),
             contextlib.suppress(_Full),
         ):

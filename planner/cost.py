@@ -6,7 +6,7 @@ its units made equal: in seconds and bytes the bytes would drown the seconds).
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -22,6 +22,7 @@ from planner.plan import (
     Cost,
     Course,
     Error,
+    Mode,
     Parts,
     Plan,
     Prediction,
@@ -33,6 +34,7 @@ from planner.plan import (
 from planner.time import at_micro_batch, expected_error, step_parts
 from planner.zero import sharded
 from profiler.profile_record import (
+    KEEPINGS,
     Precision,
     PrecisionMemory,
     PrecisionProfile,
@@ -352,7 +354,7 @@ def name_segments(profile: Profile, placed: Placed) -> tuple[Segment, ...]:
     """A placement by stage names and module entries, as a plan has it."""
     stages = profile.stages
 
-    def named(start: int, stop: int, mode: Literal["recompute", "selective"], depth: int) -> Segment:
+    def named(start: int, stop: int, mode: Mode, depth: int) -> Segment:
         return Segment(
             first=stages[start].name,
             last=stages[stop - 1].name,
@@ -366,7 +368,7 @@ def name_segments(profile: Profile, placed: Placed) -> tuple[Segment, ...]:
         (start, named(start, stop, "recompute", depth))
         for depth, (start, stop) in zip(depths(placed.segments), placed.segments, strict=True)
     ]
-    selective = [(stage, named(stage, stage + 1, "selective", 0)) for stage in placed.selective]
+    selective = [(stage, named(stage, stage + 1, how, 0)) for stage, how in placed.keeping.items()]
     return tuple(segment for _, segment in sorted([*segments, *selective], key=lambda pair: pair[0]))
 
 
@@ -375,5 +377,5 @@ def index_segments(profile: Profile, segments: tuple[Segment, ...]) -> Placed:
     position = {stage.name: index for index, stage in enumerate(profile.stages)}
     return Placed(
         segments=tuple((position[s.first], position[s.last] + 1) for s in segments if s.mode == "recompute"),
-        selective=tuple(position[s.first] for s in segments if s.mode == "selective"),
+        **{how: tuple(position[s.first] for s in segments if s.mode == how) for how in KEEPINGS},
     )

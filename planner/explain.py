@@ -36,6 +36,12 @@ from profiler.records import Document, Record
 
 Number = TypeVar("Number", int, float)
 
+KEPT_TEXT: dict[str, str] = {
+    "selective": "products and attention",
+    "selective_narrow": "narrow products and attention",
+}
+"""What a selective segment does not run again."""
+
 
 class Alternative(Record):
     """Another plan beside the chosen one; ``relative_*`` are its value over the chosen plan's, minus one.
@@ -219,8 +225,8 @@ class SegmentRun:
         number = "1 segment" if count == 1 else f"{count} segments"
         if first.depth:
             number += " inside others"
-        if first.mode == "selective":
-            return f"{number} of one stage, but for products and attention"
+        if first.mode != "recompute":
+            return f"{number} of one stage, but for {KEPT_TEXT[first.mode]}"
         if first.first == first.last:
             return f"{number} of one stage"
         return number if count == 1 else f"{number}, the first up to {first.last}"

@@ -65,10 +65,12 @@ def fill_slots(
                 kept = after[first - keep_hold[i] : top - keep_hold[i]]
                 for a in range(top - first):
                     row[first + a] = kept[a] + keep_cost[i]
-                if j == length and option_need[i] >= 0:
-                    low = max(option_need[i], need[c, i + 1, j] + option_hold[i])
+                for way in range(len(option_need) if j == length else 0):
+                    if option_need[way, i] < 0:
+                        continue
+                    low = max(option_need[way, i], need[c, i + 1, j] + option_hold[way, i])
                     for a in range(top - low):
-                        cost = after[low - option_hold[i] + a] + option_cost[i]
+                        cost = after[low - option_hold[way, i] + a] + option_cost[way, i]
                         row[low + a] = min(row[low + a], cost)
                     first = min(first, low)
                 high, before = min(flat[c, i, j], top), whole[i, j]
@@ -143,13 +145,16 @@ def fill_steps(
                             count -= 1
                         best_need[count], best_cost[count] = level, costs[at] + keep_cost[i]
                         count += 1
-                for k in range(i, j):
-                    if k == i:  # The option, which leaves stage i and goes on like a kept one.
-                        if j < length or option_need[i] < 0:
+                for k in range(i + 1 - len(option_need), j):
+                    way = i - k
+                    if (
+                        way >= 0
+                    ):  # Another way to treat stage i, behind which it goes on as behind a kept one.
+                        if j < length or option_need[way, i] < 0:
                             continue
-                        low, hold, inside = option_need[i], option_hold[i], 0
+                        low, hold, inside = option_need[way, i], option_hold[way, i], 0
                         rest, rest_end, back, back_end = begin[c, i + 1, j], end[c, i + 1, j], 0, 1
-                        extra = option_cost[i]
+                        extra = option_cost[way, i]
                         again = extra - keep_cost[i]
                     else:
                         if run_need[i, k] < 0:

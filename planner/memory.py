@@ -27,7 +27,7 @@ import numpy as np
 from planner.nested import RULED_OUT, Nest, Placed
 from planner.placement import Option, Units, ruled_out
 from planner.plan import Phase
-from profiler.profile_record import PrecisionMemory, bytes_at, peak_at
+from profiler.profile_record import KEEPINGS, Keeping, PrecisionMemory, SelectiveMemory, bytes_at, peak_at
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +48,21 @@ class MemoryWindow:
 
 
 @dataclass(frozen=True, slots=True)
+class _Selective:
+    """A selective stage's curves at one micro-batch size."""
+
+    forward: int
+    hold: int
+    rebuild: int
+
+    @classmethod
+    def of(cls, memory: SelectiveMemory | None, b: int) -> _Selective | None:
+        if memory is None:
+            return None
+        return cls(peak_at(memory.forward, b), bytes_at(memory.hold, b), peak_at(memory.rebuild, b))
+
+
+@dataclass(frozen=True, slots=True)
 class _Sizes:
     """A precision's curves at one micro-batch size, in whole bytes, stage by stage."""
 
@@ -65,9 +80,7 @@ class _Sizes:
     dropped_first: list[int]
     backward_first: list[int]
     backward_later: list[int]
-    selective_forward: list[int]
-    selective_hold: list[int]
-    selective_rebuild: list[int]
+    keeping: dict[Keeping, list[_Selective | None]]
     optimizer: int
     segment: int
 
@@ -89,9 +102,7 @@ class _Sizes:
             dropped_first=[peak_at(s.dropped_first, b) for s in stages],
             backward_first=[peak_at(s.backward_first, b) for s in stages],
             backward_later=[peak_at(s.backward_later, b) for s in stages],
-            selective_forward=[peak_at(s.selective.forward, b) if s.selective else 0 for s in stages],
-            selective_hold=[bytes_at(s.selective.hold, b) if s.selective else 0 for s in stages],
-            selective_rebuild=[peak_at(s.selective.rebuild, b) if s.selective else 0 for s in stages],
+            keeping={how: [_Selective.of(s.keeping(how), b) for s in stages] for how in KEEPINGS},
             optimizer=peak_at(memory.optimizer, b),
             segment=memory.segment_bytes,
         )
@@ -126,14 +137,16 @@ def timeline(
 
     Raises ValueError where a selective stage has no curves of its own.
     """
-    unknown = [stage for stage in placed.selective if memory.stages[stage].selective is None]
+    unknown = [i for i, how in placed.keeping.items() if memory.stages[i].keeping(how) is None]
     if unknown:
         raise ValueError(f"The profile has no curves for stages {unknown} with their products kept.")
     sizes = _Sizes.of(memory, micro_batch_size)
     constant = constant_bytes(memory, micro_batch_size, resident_batches)
     all_gradients = sum(sizes.gradient)
+    found = {stage: sizes.keeping[how][stage] for stage, how in placed.keeping.items()}
+    selective = {stage: each for stage, each in found.items() if each is not None}
     for micro_batch in range(min(gradient_accumulation_steps, 2)):
-        step = _Pass(sizes, constant, micro_batch, placed)
+        step = _Pass(sizes, constant, micro_batch, placed, selective)
         yield from step.windows(0, len(sizes.hold), 0, ())
     yield MemoryWindow(
         phase="optimizer", micro_batch=0, stage=0, constant_bytes=constant,
@@ -149,6 +162,7 @@ class _Pass:
     constant_bytes: int
     micro_batch: int
     placed: Placed
+    selective: Mapping[int, _Selective]
 
     def windows(
         self, start: int, stop: int, held: int, around: tuple[tuple[int, int], ...]
@@ -175,10 +189,10 @@ class _Pass:
                     own = sizes.dropped_first[s] if s == t else sizes.dropped[s]
                     yield self._window(phase, s, held + beside, gradients, own)
                     held += sizes.dropped_hold[s] + (sizes.input[s] if s == t else 0)
-            elif t in self.placed.selective:
+            elif t in self.selective:
                 held += sizes.segment
-                yield self._window(phase, t, held, gradients, sizes.selective_forward[t])
-                held += sizes.dropped_hold[t] + sizes.input[t] + sizes.selective_hold[t]
+                yield self._window(phase, t, held, gradients, self.selective[t].forward)
+                held += sizes.dropped_hold[t] + sizes.input[t] + self.selective[t].hold
             else:
                 own = sizes.rebuilt(t, start, stop) if again else sizes.forward[t]
                 yield self._window(phase, t, held + beside, gradients, own)
@@ -192,11 +206,11 @@ class _Pass:
                 before += sum(sizes.dropped_hold[t:end])
                 yield from self.windows(t, end, before, (*around, (t, end)))
                 continue
-            if t in self.placed.selective:
+            if t in self.selective:
                 before += sizes.dropped_hold[t]
                 beside = sizes.carry[t] + 2 * sizes.segment
                 yield self._window(
-                    "recompute", t, before + beside, self._gradients_behind(t), sizes.selective_rebuild[t]
+                    "recompute", t, before + beside, self._gradients_behind(t), self.selective[t].rebuild
                 )
             own_gradients = self._gradients_behind(t)
             yield self._window("backward", t, before, own_gradients, backward[t] - own_gradients)
@@ -279,7 +293,7 @@ def plan_nest(
         inside, at_end = sizes.forward, sizes.recompute
         if case == last:
             inside, at_end = sizes.rebuild_first, sizes.rebuild_single
-        keep_need[case] = array(inside)[:, None] + held
+        keep_need[case] = array(inside)[:, None] + held + extra
         keep_need[case, stages, stages + 1] = array(at_end) + held[1:] + extra
     keep_need[:, :, length] = array(sizes.forward) + standing
     keep_need = np.maximum(keep_need, backward[:, None])
@@ -291,11 +305,11 @@ def plan_nest(
         windows[0] = sizes.dropped_first[i]
         run_need[i, i + 1 :] = np.maximum.accumulate(windows) + sizes.segment
     run_need[~allowed] = RULED_OUT
-    option_need = np.full(length, RULED_OUT, dtype=np.int64)
-    option_hold, option_cost = np.zeros((2, length), dtype=np.int64)
+    option_need = np.full((len(KEEPINGS), length), RULED_OUT, dtype=np.int64)
+    option_hold, option_cost = np.zeros((2, len(KEEPINGS), length), dtype=np.int64)
     for option in units.options:
-        option_need[option.stage] = option.need - constant
-        option_hold[option.stage], option_cost[option.stage] = option.hold, option.cost
+        at = option.way, option.stage
+        option_need[at], option_hold[at], option_cost[at] = option.need - constant, option.hold, option.cost
     return Nest(
         keep_need=keep_need,
         after_keep=after_keep,
@@ -324,13 +338,13 @@ def plan_units(
     keep_cost: np.ndarray,
     segment_cost: np.ndarray,
     recomputable: np.ndarray,
-    selective_cost: Mapping[int, int] = MappingProxyType({}),
+    selective_cost: Mapping[tuple[int, Keeping], int] = MappingProxyType({}),
 ) -> Units:
     """Need, hold and cost of every kept stage and every segment, for the placement solver.
 
     ``segment_cost[i, j]`` is the extra time of recomputing stages i..j-1; ``recomputable[i]`` says whether
-    stage i may be in a segment. ``selective_cost``: the extra time of stages that may keep their products, each of
-    which becomes an option. Needs are absolute: constant included.
+    stage i may be in a segment. ``selective_cost``: the extra time of stages that may be selective, each of which
+    becomes an option. Needs are absolute: constant included.
     """
     sizes = _Sizes.of(memory, micro_batch_size)
     constant = constant_bytes(memory, micro_batch_size, resident_batches)
@@ -386,16 +400,17 @@ def plan_units(
             stage=i,
             need=constant
             + max(
-                sizes.selective_forward[i] + standing + sizes.segment,
-                sizes.dropped_hold[i] + sizes.selective_rebuild[i] + sizes.carry[i] + int(at_recompute[i + 1])
+                kept.forward + standing + sizes.segment,
+                sizes.dropped_hold[i] + kept.rebuild + sizes.carry[i] + int(at_recompute[i + 1])
                 + 2 * sizes.segment,
                 sizes.dropped_hold[i] + int(backward[i]),
             ),
-            hold=sizes.selective_hold[i] + sizes.input[i] + sizes.dropped_hold[i] + sizes.segment,
+            hold=kept.hold + sizes.input[i] + sizes.dropped_hold[i] + sizes.segment,
             cost=cost,
+            way=KEEPINGS.index(how),
         )
-        for i, cost in selective_cost.items()
-        if recomputable[i] and memory.stages[i].selective is not None
+        for (i, how), cost in selective_cost.items()
+        if recomputable[i] and (kept := sizes.keeping[how][i]) is not None
     )  # fmt: skip
     return Units(
         options=options,

@@ -2,7 +2,7 @@
 
 A stretch of stages [i, j) whose input is there is worked off, forward and backward, by a plan of this grammar:
 
-    plan(i, j)  :=  forward of i, kept    plan(i+1, j)   backward of i        (at j = L also: treated in one more way)
+    plan(i, j)  :=  forward of i, kept    plan(i+1, j)   backward of i        (at j = L also: treated in other ways)
                  |  forward of i .. k-1   plan(k, j)     plan(i, k)        [i, k) is a segment, run again by a plan
     plan(j, j)  :=  nothing, or the loss at the end of the chain
 
@@ -33,12 +33,14 @@ exact:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from profiler.profile_record import KEEPINGS, Keeping
 
 Integers = NDArray[np.int64]
 
@@ -46,7 +48,7 @@ MOST_SLOTS = 4096
 """With more multiples of the common unit than this, steps are faster."""
 
 KEPT, OPTION = -1, -2
-"""In the place of a segment's end: a stage that is in none."""
+"""In the place of a segment's end: a stage that is in none. ``OPTION`` and what is below it: treated in another way."""
 
 RULED_OUT = -1
 """The ``run_need`` of a segment that is not allowed."""
@@ -80,7 +82,7 @@ class Nest:
     end_need: Integers
     """[j]: what the empty plan at j needs; at [L] that is what the loss needs."""
     option_need: Integers
-    """[i]: the worst moment of stage i treated in one more way, outside of all segments, or ``RULED_OUT``."""
+    """[w, i]: the worst moment of stage i treated in the way w, outside of all segments, or ``RULED_OUT``."""
     option_hold: Integers
     option_cost: Integers
 
@@ -96,10 +98,25 @@ Segments = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placed:
-    """Where a plan recomputes: ``segments``, and stages outside of them that keep their products (``selective``)."""
+    """Where a plan recomputes: ``segments``, and stages outside of them that keep some of what they make, by how."""
 
     segments: Segments = ()
     selective: tuple[int, ...] = ()
+    selective_narrow: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, segments: Segments, ways: Iterable[tuple[int, int]]) -> Placed:
+        """``ways``: pairs of a stage and the number of the way in ``KEEPINGS``."""
+        kept: dict[Keeping, list[int]] = {how: [] for how in KEEPINGS}
+        for stage, way in ways:
+            kept[KEEPINGS[way]].append(stage)
+        return cls(segments=segments, **{how: tuple(stages) for how, stages in kept.items()})
+
+    @property
+    def keeping(self) -> dict[int, Keeping]:
+        """The selective stages, each with what it keeps."""
+        wide: dict[int, Keeping] = dict.fromkeys(self.selective, "selective")
+        return wide | dict.fromkeys(self.selective_narrow, "selective_narrow")
 
 
 PLAIN = Placed()
@@ -129,15 +146,16 @@ class Solution:
         self.points = tuple(table.steps(self._length))
 
     def placed(self, need: int) -> Placed:
-        """A fastest plan within ``need``; its ``selective`` stages are those that are treated in one more way."""
+        """A fastest plan within ``need``."""
         segments: list[tuple[int, int]] = []
-        options: list[int] = []
+        options: list[tuple[int, int]] = []
         self._walk(0, 0, self._length, need, segments, options)
-        return Placed(segments=tuple(segments), selective=tuple(options))
+        return Placed.of(tuple(segments), options)
 
     def _walk(
-        self, case: int, i: int, j: int, room: int, segments: list[tuple[int, int]], options: list[int]
-    ) -> None:
+        self, case: int, i: int, j: int, room: int, segments: list[tuple[int, int]],
+        options: list[tuple[int, int]],
+    ) -> None:  # fmt: skip
         nest = self._nest
         while i < j:
             k = self._unit_end(case, i, j, room)
@@ -145,9 +163,10 @@ class Solution:
                 room -= int(nest.keep_hold[i])
                 case = int(nest.after_keep[case, i])
                 i += 1
-            elif k == OPTION:
-                options.append(i)
-                room -= int(nest.option_hold[i])
+            elif k <= OPTION:
+                way = OPTION - k
+                options.append((i, way))
+                room -= int(nest.option_hold[way, i])
                 i += 1
             else:
                 segments.append((i, k))
@@ -161,16 +180,17 @@ class Solution:
         return 0 if case == self._last else case
 
     def _unit_end(self, case: int, i: int, j: int, room: int) -> int:
-        """Where the segment that begins at i ends in an optimal plan(i, j); or ``KEPT`` or ``OPTION``."""
+        """Where the segment that begins at i ends in an optimal plan(i, j); or ``KEPT``, or ``OPTION`` less the way."""
         nest, least = self._nest, self._table.least
         cost = least(case, i, j, room)
         kept = least(int(nest.after_keep[case, i]), i + 1, j, room - int(nest.keep_hold[i]))
         if room >= nest.keep_need[case, i, j] and kept + int(nest.keep_cost[i]) == cost:
             return KEPT
-        if j == self._length and 0 <= nest.option_need[i] <= room:
-            rest = least(case, i + 1, j, room - int(nest.option_hold[i]))
-            if rest + int(nest.option_cost[i]) == cost:
-                return OPTION
+        for way in range(len(nest.option_need) if j == self._length else 0):
+            if 0 <= nest.option_need[way, i] <= room:
+                rest = least(case, i + 1, j, room - int(nest.option_hold[way, i]))
+                if rest + int(nest.option_cost[way, i]) == cost:
+                    return OPTION - way
         for k in range(i + 1, j):
             if 0 <= nest.run_need[i, k] <= room - nest.held[j] - nest.beside[case]:
                 rest = least(self._behind(case), k, j, room - int(nest.run_hold[i, k]))
@@ -231,7 +251,7 @@ class _Slots:
         length = len(nest.keep_cost)
         # A plan of n stages runs none of them forward more than n times.
         again = nest.run_cost[nest.allowed].max(initial=0)
-        longest = int(np.maximum(nest.keep_cost, nest.option_cost).sum() + length * again)
+        longest = int(np.vstack((nest.keep_cost, nest.option_cost)).max(axis=0).sum() + length * again)
         dtype = np.int32 if longest < 2**28 else np.int64
         never = 2 * longest + 1
         cases = len(nest.beside)

@@ -52,12 +52,13 @@ COMPILED_FROM_STAGES = 64
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One more unit of a single stage."""
+    """One more unit of a single stage; ``way`` tells those of the same stage apart."""
 
     stage: int
     need: float
     hold: float
     cost: float
+    way: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -422,9 +423,9 @@ def _nest(f: Any, b: Any, x: Any, xb: Any, tf: Any, tb: Any) -> Nest:
         again_need=again_need,
         held=held,
         end_need=x,
-        option_need=np.full(length, RULED_OUT),
-        option_hold=np.zeros(length, np.int64),
-        option_cost=np.zeros(length, np.int64),
+        option_need=np.full((0, length), RULED_OUT),
+        option_hold=np.zeros((0, length), np.int64),
+        option_cost=np.zeros((0, length), np.int64),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal
 from msgspec import Meta
 
 from profiler import records
-from profiler.profile_record import DeviceRecord, NoiseScale, Positive, Precision, TimeSource
+from profiler.profile_record import DeviceRecord, Keeping, NoiseScale, Positive, Precision, TimeSource
 from profiler.records import Document, Record
 from profiler.workload_spec import WorkloadSpec
 
@@ -25,17 +25,22 @@ Phase = Literal["forward", "recompute", "backward", "optimizer"]
 """What a window of a step does."""
 
 
+Mode = Literal["recompute", Keeping]
+"""What becomes of a segment."""
+
+
 class Segment(Record):
     """Stages ``first`` to ``last`` (both included) run forward again in the backward pass.
 
     For the executor the segment begins where the module call ``enter`` begins and ends where ``leave``
-    begins. ``mode``: all of it runs again, or all but its products and attention. ``depth``: in how many segments it
+    begins. ``mode``: all of it runs again, all but its products and attention, or all but those of them that are no
+    larger than what they are made from. ``depth``: in how many segments it
     lies, which come before it in the plan; it is recomputed as they run again.
     """
 
     first: str
     last: str
-    mode: Literal["recompute", "selective"] = "recompute"
+    mode: Mode = "recompute"
     depth: Annotated[int, Meta(ge=0)] = 0
     enter: str
     leave: str

@@ -26,7 +26,7 @@ from msgspec import to_builtins
 from planner import charts
 from planner.drawing import BYTES, JOULES, SECONDS, Unit, tag
 from planner.explain import alike, explain, proof_text, segment_runs
-from planner.plan import Cost, Plan, Stage, Weights
+from planner.plan import Cost, Mode, Plan, Stage, Weights
 from planner.words import of_bytes, of_count, of_joules, of_seconds, of_source
 
 Trial = tuple[str, Cost, Cost]
@@ -38,7 +38,12 @@ LISTED = 12
 CROWDED = 120
 """In a chain of more stages than this there is no room between them."""
 
-TREATED = {"kept": "kept", "recomputed": "recomputed", "selective": "recomputed but for products"}
+TREATED = {
+    "kept": "kept",
+    "recompute": "recomputed",
+    "selective": "recomputed but for products",
+    "selective_narrow": "recomputed but for narrow products",
+}
 """What may become of a stage, in words."""
 
 
@@ -204,7 +209,7 @@ def _weighed(weights: Weights) -> str:
 class _Treatment:
     """What becomes of a stage; ``deep`` is in how many segments it lies."""
 
-    class_: Literal["kept", "recomputed", "selective"]
+    class_: Literal["kept", Mode]
     deep: int
 
     @property
@@ -219,9 +224,7 @@ def _treatments(plan: Plan, names: Sequence[str]) -> tuple[_Treatment, ...]:
     for segment in plan.checkpoint:
         for index in range(position[segment.first], position[segment.last] + 1):
             deep = max(found[index].deep, segment.depth + 1)
-            found[index] = _Treatment(
-                class_="recomputed" if segment.mode == "recompute" else "selective", deep=deep
-            )
+            found[index] = _Treatment(class_=segment.mode, deep=deep)
     return tuple(found)
 
 
@@ -262,10 +265,8 @@ def _chain(plan: Plan, treated: Sequence[tuple[Stage, _Treatment]]) -> str:
     for segment in plan.checkpoint:
         first, last = position[segment.first], position[segment.last]
         count = "1 stage" if first == last else f"{last - first + 1} stages, to {segment.last}"
-        class_ = "recomputed" if segment.mode == "recompute" else "selective"
-        cells.append(
-            cell(first, last, 26 + 9 * segment.depth, 6, class_, f"segment from {segment.first}\n{count}")
-        )
+        note = f"segment from {segment.first}\n{count}"
+        cells.append(cell(first, last, 26 + 9 * segment.depth, 6, segment.mode, note))
     deepest = max((segment.depth + 1 for segment in plan.checkpoint), default=0)
     drawn = tag(
         "svg", *cells, class_="crowded" if len(treated) > CROWDED else "chain", height=26 + 9 * deepest,

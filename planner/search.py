@@ -49,6 +49,7 @@ from planner.time import at_micro_batch, segment_nanoseconds, selective_seconds
 from planner.zero import ZERO_STAGES
 from profiler import records
 from profiler.profile_record import (
+    KEEPINGS,
     PRECISIONS,
     Link,
     Precision,
@@ -84,9 +85,7 @@ class _SingleLevel:
     def placed(self, index: int) -> Placed:
         """The placement behind a point."""
         options = (self.units.options[number] for number in self.frontier.options(index))
-        return Placed(
-            segments=self.frontier.segments(index), selective=tuple(option.stage for option in options)
-        )
+        return Placed.of(self.frontier.segments(index), ((option.stage, option.way) for option in options))
 
 
 @dataclass(frozen=True, slots=True)
@@ -487,9 +486,10 @@ def _candidate(
         segment_cost=segment_nanoseconds(times),
         recomputable=np.array([_recomputable(stage, distribution) for stage in profile.stages]),
         selective_cost={
-            stage: round(selective_seconds(times, stage) * 1e9)
+            (stage, how): round(selective_seconds(times, stage, how) * 1e9)
             for stage, measured_time in enumerate(times.stages)
-            if measured_time.kept_seconds is not None
+            for how in KEEPINGS
+            if measured_time.keeping(how) is not None
         },
     )
     return _Candidate(

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.nested import Placed
-from profiler.profile_record import StageTime, StepTime
+from profiler.profile_record import Keeping, StageTime, StepTime
 
 RECOMPUTE_ERROR = 0.05
 """Stage times predict a checkpointed step within 1-5% (six models); studies/accuracy repeats it."""
@@ -42,6 +42,9 @@ def at_micro_batch(times: Sequence[StepTime], micro_batch_size: int) -> StepTime
     def between(low: float, high: float) -> float:
         return low + share * (high - low)
 
+    def where_known(low: float | None, high: float | None) -> float | None:
+        return None if low is None or high is None else between(low, high)
+
     return StepTime(
         micro_batch_size=micro_batch_size,
         stages=tuple(
@@ -50,9 +53,8 @@ def at_micro_batch(times: Sequence[StepTime], micro_batch_size: int) -> StepTime
                 recompute_seconds=between(a.recompute_seconds, b.recompute_seconds),
                 backward_first_seconds=between(a.backward_first_seconds, b.backward_first_seconds),
                 backward_later_seconds=between(a.backward_later_seconds, b.backward_later_seconds),
-                kept_seconds=None
-                if a.kept_seconds is None or b.kept_seconds is None
-                else between(a.kept_seconds, b.kept_seconds),
+                kept_seconds=where_known(a.kept_seconds, b.kept_seconds),
+                kept_narrow_seconds=where_known(a.kept_narrow_seconds, b.kept_narrow_seconds),
             )
             for a, b in zip(below.stages, above.stages, strict=True)
         ),
@@ -61,9 +63,7 @@ def at_micro_batch(times: Sequence[StepTime], micro_batch_size: int) -> StepTime
         step_seconds=between(below.step_seconds, above.step_seconds),
         steps_timed=min(below.steps_timed, above.steps_timed),
         spread=max(below.spread, above.spread),
-        yardstick_seconds=None
-        if below.yardstick_seconds is None or above.yardstick_seconds is None
-        else between(below.yardstick_seconds, above.yardstick_seconds),
+        yardstick_seconds=where_known(below.yardstick_seconds, above.yardstick_seconds),
     )
 
 
@@ -80,7 +80,7 @@ def step_parts(times: StepTime, gradient_accumulation_steps: int, placed: Placed
         "recompute": k
         * (
             sum(segment_seconds(times, start, stop) for start, stop in placed.segments)
-            + sum(selective_seconds(times, stage) for stage in placed.selective)
+            + sum(selective_seconds(times, stage, how) for stage, how in placed.keeping.items())
         ),
         "optimizer": times.update_seconds,
         "host": k * times.host_seconds,
@@ -93,9 +93,9 @@ def segment_seconds(times: StepTime, start: int, stop: int) -> float:
     return whole + times.stages[stop - 1].recompute_seconds
 
 
-def selective_seconds(times: StepTime, stage: int) -> float:
-    """Extra seconds, per micro-batch, of a stage that runs again but for its products and attention."""
-    kept = times.stages[stage].kept_seconds
+def selective_seconds(times: StepTime, stage: int, how: Keeping = "selective") -> float:
+    """Extra seconds, per micro-batch, of a stage that runs again but for what it keeps."""
+    kept = times.stages[stage].keeping(how)
     if kept is None:
         raise ValueError(
             "This profile does not tell how long products take in a stage. Profile again with this version."

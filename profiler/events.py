@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from profiler.profile_record import Keeping
 from profiler.workspaces import Kind, Workspaces
 
 Window = tuple[str, int, int]
@@ -26,11 +27,11 @@ Window = tuple[str, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Alloc:
-    """``kept``: made by an operation whose outputs a selective segment keeps (profiler/selective.py)."""
+    """``kept``: by what ways of keeping a selective segment keeps what the operation makes (profiler/selective.py)."""
 
     key: int
     size_bytes: int
-    kept: bool = False
+    kept: frozenset[Keeping] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Operate:
     """An operation begins. ``kind`` None: its scratch memory is of no interest. ``kept``: as its outputs are."""
 
     kind: Kind | None
-    kept: bool = False
+    kept: frozenset[Keeping] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Peak:
     """Inside an operation memory rises this far above what is alive at its beginning. ``kept``: as its outputs are."""
 
     size_bytes: int
-    kept: bool = False
+    kept: frozenset[Keeping] = frozenset()
 
 
 Event = Alloc | Free | Enter | Save | Operate | Accumulate | Peak

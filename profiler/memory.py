@@ -15,6 +15,7 @@ does not depend on whether those were recomputed.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -44,14 +45,16 @@ from profiler.fake import numbers_in_updates
 from profiler.live import LiveStorages, is_mutable, tensors_in
 from profiler.pretend import pretending
 from profiler.profile_record import (
+    KEEPINGS,
     AffineBytes,
     Curve,
+    Keeping,
     Precision,
     PrecisionMemory,
     SelectiveMemory,
     StageMemory,
 )
-from profiler.selective import is_kept
+from profiler.selective import NOWHERE, keepers
 from profiler.step import StepObserver, Stepper, build_optimizer
 from profiler.workload import Workload
 from profiler.workspaces import Workspaces, kind_of
@@ -216,7 +219,7 @@ class MemoryTracer:
         trace = Trace()
         recording = False
 
-        keeps = False
+        keeps = NOWHERE
         kept_keys: set[int] = set()
 
         def observe(event: str, key: int, size_bytes: int) -> None:
@@ -235,7 +238,7 @@ class MemoryTracer:
             nonlocal keeps
             if not recording:
                 return
-            keeps = is_kept(func, args, kwargs or {})
+            keeps = keepers(func, args, kwargs or {})
             if is_mutable(func):
                 given = (tensor for values in (args, kwargs) for tensor in tensors_in(values))
                 trace.rewritten.update(kept_keys & {live.key_of(tensor) for tensor in given})
@@ -345,7 +348,9 @@ class _StageAnalysis:
     dropped_first: list[int] = field(default_factory=list)
     backward_first: list[int] = field(default_factory=list)
     backward_later: list[int] = field(default_factory=list)
-    selective: _SelectiveAnalysis = field(default_factory=lambda: _SelectiveAnalysis())
+    keeping: dict[Keeping, _SelectiveAnalysis] = field(
+        default_factory=lambda: {how: _SelectiveAnalysis() for how in KEEPINGS}
+    )
 
 
 @dataclass(slots=True)
@@ -476,7 +481,8 @@ def _walk_plain(
         if window[:2] == ("forward", 0):
             stage = stages[window[2]]
             stage.rebuild_first.append(level - sum(leftovers.values()))
-            stage.selective.rebuild.append((stage.rebuild_first[-1], stage.selective.made_bytes))
+            for selective in stage.keeping.values():
+                selective.rebuild.append((stage.rebuild_first[-1], selective.made_bytes))
 
     for event in trace.events:
         match event:
@@ -509,14 +515,17 @@ def _walk_plain(
             case Alloc(key=key, size_bytes=size, kept=kept):
                 alive[key] = size
                 total += size
-                if kept and window[:2] == ("forward", 0):
-                    stages[window[2]].selective.made_bytes += size
-                    stages[window[2]].selective.possible &= key not in trace.rewritten
+                if window[:2] == ("forward", 0):
+                    for how in kept:
+                        selective = stages[window[2]].keeping[how]
+                        selective.made_bytes += size
+                        selective.possible &= key not in trace.rewritten
                 add_point()
             case Peak(size_bytes=size, kept=kept):
                 add_point(size)
-                if kept and window[:2] == ("forward", 0):
-                    stages[window[2]].selective.rebuild.pop()  # The second run does not call this operation.
+                if window[:2] == ("forward", 0):
+                    for how in kept:  # The second run does not call this operation.
+                        stages[window[2]].keeping[how].rebuild.pop()
             case Free(key=key) if key in alive:
                 size = alive.pop(key)
                 total -= size
@@ -526,8 +535,9 @@ def _walk_plain(
             case Save() if window[0] == "forward" and window[1] == 0:
                 stage = stages[window[2]]
                 stage.recompute_points = len(points)
-                stage.selective.points = len(stage.selective.rebuild)
-                stage.selective.hold_bytes = stage.selective.made_bytes
+                for selective in stage.keeping.values():
+                    selective.points = len(selective.rebuild)
+                    selective.hold_bytes = selective.made_bytes
             case _:
                 pass
     return optimizer
@@ -545,36 +555,37 @@ def _walk_dropped(trace: Trace, stages: list[_StageAnalysis]) -> None:
     for i, stage in enumerate(stages):
         stage.dropped_hold_bytes = sum(lives[key].size_bytes for key in lasting if lives[key].born[2] == i)
     alive: dict[int, int] = {}
-    total = excluded = returned = kept_bytes = 0
-    kept_here: set[int] = set()
+    total = excluded = returned = 0
+    kept_bytes: Counter[Keeping] = Counter()
+    kept_here: dict[int, frozenset[Keeping]] = {}
     current = 0
 
     def add_point(inside: int = 0) -> None:
         level = total - excluded + inside
         stages[current].dropped.append(level)
         stages[current].dropped_first.append(level + returned)
-        stages[current].selective.forward.append(level + returned + kept_bytes)
+        for how, selective in stages[current].keeping.items():
+            selective.forward.append(level + returned + kept_bytes[how])
 
     for event in trace.events:
         match event:
             case Enter(window=("forward", _, i)):
-                current, returned, kept_bytes = i, 0, 0
+                current, returned = i, 0
+                kept_bytes.clear()
                 kept_here.clear()
                 excluded = sum(alive[key] for key in alive if key in lasting)
                 add_point()
             case Alloc(key=key, size_bytes=size, kept=kept):
                 alive[key] = size
                 total += size
-                if kept:
-                    kept_here.add(key)
+                kept_here[key] = kept
                 add_point()
             case Peak(size_bytes=size):
                 add_point(size)
             case Free(key=key) if key in alive:
                 size = alive.pop(key)
                 total -= size
-                if key in kept_here:
-                    kept_bytes += size
+                kept_bytes.update(dict.fromkeys(kept_here.get(key, ()), size))
                 if key == inputs.get(("forward", 0, current)):
                     returned = size
             case _:
@@ -618,8 +629,17 @@ class _Fit:
             dropped_first=self.curve(a.dropped_first, b.dropped_first),
             backward_first=self.curve(a.backward_first, b.backward_first),
             backward_later=self.curve(a.backward_later, b.backward_later),
-            selective=self.selective(a.selective, b.selective),
+            **self.keeping(a.keeping, b.keeping),
         )
+
+    def keeping(
+        self, a: dict[Keeping, _SelectiveAnalysis], b: dict[Keeping, _SelectiveAnalysis]
+    ) -> dict[Keeping, SelectiveMemory | None]:
+        """The ways of keeping that are possible; what would keep the same is left out."""
+        found = {how: self.selective(a[how], b[how]) for how in KEEPINGS}
+        if found["selective_narrow"] == found["selective"]:
+            found["selective_narrow"] = None
+        return found
 
     def selective(self, a: _SelectiveAnalysis, b: _SelectiveAnalysis) -> SelectiveMemory | None:
         if not (a.hold_bytes and b.hold_bytes and a.possible and b.possible):

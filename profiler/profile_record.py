@@ -11,7 +11,7 @@ Time is kept as measured, per precision and micro-batch size.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar, get_args
 
 import msgspec
 from msgspec import Meta
@@ -49,6 +49,12 @@ def peak_at(curve: Curve, micro_batch_size: int) -> int:
     return max(bytes_at(point, micro_batch_size) for point in curve)
 
 
+Keeping = Literal["selective", "selective_narrow"]
+"""What a selective segment keeps: all products and attention, or those no larger than what they are made from."""
+
+KEEPINGS: tuple[Keeping, ...] = get_args(Keeping)
+
+
 class SelectiveMemory(Record):
     """The memory of one stage that keeps the outputs of its products and attention and runs the rest again.
 
@@ -71,7 +77,8 @@ class StageMemory(Record):
     saved tensor, ``dropped`` drops them, ``dropped_first`` drops them and keeps its input. ``rebuild_first`` and
     ``rebuild_single`` are ``forward`` and ``recompute`` without what local variables of the forward pass still
     hold of the stage before: a replay that begins here holds none of it. ``backward_first`` makes gradients,
-    ``backward_later`` adds to them. ``selective``: None where nothing would be kept, or could not be.
+    ``backward_later`` adds to them. ``selective``: None where nothing would be kept, or could not be;
+    ``selective_narrow``: also where it would be the same.
     """
 
     input: AffineBytes
@@ -89,6 +96,11 @@ class StageMemory(Record):
     backward_first: Curve
     backward_later: Curve
     selective: SelectiveMemory | None = None
+    selective_narrow: SelectiveMemory | None = None
+
+    def keeping(self, how: Keeping) -> SelectiveMemory | None:
+        """The stage as a selective segment."""
+        return self.selective if how == "selective" else self.selective_narrow
 
 
 class PrecisionMemory(Record):
@@ -112,7 +124,8 @@ class PrecisionMemory(Record):
 class StageTime(Record):
     """Seconds of one stage for one micro-batch. ``recompute``: its forward up to the last saved tensor.
 
-    ``kept``: of that, what a selective segment would not run again. None: not known.
+    ``kept``: of that, what a selective segment would not run again, and ``kept_narrow`` what one that keeps narrow
+    products only would not. None: not known.
     """
 
     forward_seconds: Seconds
@@ -120,6 +133,11 @@ class StageTime(Record):
     backward_first_seconds: Seconds
     backward_later_seconds: Seconds
     kept_seconds: Seconds | None = None
+    kept_narrow_seconds: Seconds | None = None
+
+    def keeping(self, how: Keeping) -> float | None:
+        """The seconds that a selective segment would not run again."""
+        return self.kept_seconds if how == "selective" else self.kept_narrow_seconds
 
 
 class StepTime(Record):

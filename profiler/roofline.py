@@ -32,8 +32,8 @@ from profiler.chain import Stage
 from profiler.events import Window
 from profiler.live import is_mutable, tensors_in
 from profiler.memory import MemoryTracer
-from profiler.profile_record import Precision, StageTime, StepTime
-from profiler.selective import is_kept
+from profiler.profile_record import Keeping, Precision, StageTime, StepTime
+from profiler.selective import keepers
 from profiler.workload import Workload
 
 MICRO_BATCHES = 2
@@ -50,7 +50,7 @@ class Operation:
     flops: float
     moved_bytes: float
     precision: Precision
-    kept: bool
+    kept: frozenset[Keeping]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,7 +207,7 @@ def operation_of(func: Any, args: Any, kwargs: Any, outputs: Any) -> Operation |
     flops = float(formula(*args, **kwargs, out_val=outputs)) if formula is not None else 0.0
     floats = (tensor.dtype for tensor in read if tensor.is_floating_point())
     precision = SHORT_NAMES.get(next(floats, torch.float32), "fp32")
-    return Operation(name, flops, float(moved), precision, is_kept(func, args, kwargs))
+    return Operation(name, flops, float(moved), precision, keepers(func, args, kwargs))
 
 
 def _arguments(func: Any, args: Any, kwargs: Any) -> Iterable[tuple[Any, Any]]:
@@ -255,7 +255,10 @@ def step_time(costs: StepCosts, rates: Rates, efficiency: Efficiency) -> StepTim
         return StageTime(
             forward_seconds=of("forward", 0, i),
             recompute_seconds=seconds(again, rates, efficiency),
-            kept_seconds=seconds([o for o in again if o.kept], rates, efficiency),
+            kept_seconds=seconds([o for o in again if "selective" in o.kept], rates, efficiency),
+            kept_narrow_seconds=seconds(
+                [o for o in again if "selective_narrow" in o.kept], rates, efficiency
+            ),
             backward_first_seconds=of("backward", 0, i),
             backward_later_seconds=of("backward", 1, i),
         )

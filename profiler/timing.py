@@ -31,7 +31,7 @@ from profiler.device import keep_freed_memory, process_cpu_seconds, synchronize
 from profiler.events import Window
 from profiler.memory import WindowMarks
 from profiler.profile_record import Precision, StageTime, StepTime
-from profiler.selective import is_kept
+from profiler.selective import NOWHERE, WIDE, keepers
 from profiler.step import Stepper, build_optimizer, build_scaler
 from profiler.workload import Workload
 from profiler.workspaces import Workspaces
@@ -155,12 +155,12 @@ def measure_times(
             _check_finite(loss, precision, micro_batch_size)
             yardstick.beside(readings[-1].wall_seconds)
             spent += readings[-1].wall_seconds
-        kept = _KeptMarks(clock, saves)
+        marking = _KeptMarks(clock, saves)
         forwards = []
         for _ in range(KEPT_PASSES):
             synchronize(device)
             clock.start()
-            with kept, stepper.autocast():
+            with marking, stepper.autocast():
                 marks.forward_begins(0)
                 stepper.loss(stepper.model, batches[0])
                 marks.step_ended()
@@ -169,15 +169,15 @@ def measure_times(
     readings = [readings[index] for index in yardstick.undisturbed()]
     wall = _summary(
         [r.wall for r in readings],
-        _kept_shares([r.wall for r in forwards], len(stages)),
+        _kept_in([r.wall for r in forwards], len(stages)),
         micro_batch_size,
         yardstick.wall_seconds(),
     )
     of_cpu = [r.process_cpu for r in readings if r.process_cpu is not None]
     if not of_cpu:
         return Timing(wall, None)
-    shares = _kept_shares([r.process_cpu for r in forwards if r.process_cpu is not None], len(stages))
-    return Timing(wall, _summary(of_cpu, shares, micro_batch_size, yardstick.cpu_seconds()))
+    kept_cpu = _kept_in([r.process_cpu for r in forwards if r.process_cpu is not None], len(stages))
+    return Timing(wall, _summary(of_cpu, kept_cpu, micro_batch_size, yardstick.cpu_seconds()))
 
 
 def measure_last_stage(
@@ -210,7 +210,8 @@ def measure_last_stage(
         reading = clock.read()
 
     def last(times: Times, before: StepTime) -> StageTime:
-        found = _summary([times], [0.0] * len(stages), micro_batch_size, None)
+        nothing_kept = [_Kept()] * len(stages)
+        found = _summary([times], nothing_kept, micro_batch_size, None)
         speed = _of_others(before) / _of_others(found) if len(stages) > 1 else 1.0
         stage = found.stages[-1]
         return StageTime(
@@ -346,25 +347,48 @@ class _KeptMarks(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         stage = self._saves.stage
-        if stage is None or not is_kept(func, args, kwargs):
+        kept = keepers(func, args, kwargs) if stage is not None else NOWHERE
+        if stage is None or not kept:
             return func(*args, **kwargs)
         self._count += 1
         self._clock.mark_inside(("kept begins", self._count, stage))
         outputs = func(*args, **kwargs)
-        self._clock.mark_inside(("kept ends", self._count, stage))
+        self._clock.mark_inside(("kept ends" if kept == WIDE else "narrow ends", self._count, stage))
         return outputs
 
 
-def _kept_shares(passes: list[Times], length: int) -> list[float]:
-    """Of each stage's forward up to its last saved tensor: what operations take whose outputs would be kept."""
-    kept, whole = [0.0] * length, [0.0] * length
+@dataclass(slots=True)
+class _Kept:
+    """Seconds of a stage's forward up to its last saved tensor, and of those operations whose outputs would be kept.
+
+    ``narrow_seconds``: of these, by ``selective_narrow`` too.
+    """
+
+    whole_seconds: float = 0.0
+    seconds: float = 0.0
+    narrow_seconds: float = 0.0
+
+    @property
+    def share(self) -> float:
+        return self.seconds / self.whole_seconds if self.whole_seconds else 0.0
+
+    @property
+    def narrow_share(self) -> float:
+        return self.narrow_seconds / self.whole_seconds if self.whole_seconds else 0.0
+
+
+def _kept_in(passes: list[Times], length: int) -> list[_Kept]:
+    """What selective segments would keep, stage by stage."""
+    found = [_Kept() for _ in range(length)]
     for times in passes:
         for (kind, number, stage), seconds in times.items():
             if kind == "saved":
-                whole[stage] += seconds
-            elif kind == "kept ends" and seconds <= times.get(("saved", 0, stage), 0.0):
-                kept[stage] += seconds - times["kept begins", number, stage]
-    return [part / all_of_it if all_of_it else 0.0 for part, all_of_it in zip(kept, whole, strict=True)]
+                found[stage].whole_seconds += seconds
+            elif kind in ("kept ends", "narrow ends") and seconds <= times.get(("saved", 0, stage), 0.0):
+                taken = seconds - times["kept begins", number, stage]
+                found[stage].seconds += taken
+                found[stage].narrow_seconds += taken if kind == "narrow ends" else 0.0
+    return found
 
 
 class _CpuClock:
@@ -435,7 +459,7 @@ def _total(step: Times) -> float:
 
 
 def _summary(
-    steps: list[Times], kept_shares: list[float], micro_batch_size: int, yardstick_seconds: float | None
+    steps: list[Times], kept: list[_Kept], micro_batch_size: int, yardstick_seconds: float | None
 ) -> StepTime:
     totals = [_total(step) for step in steps]
 
@@ -448,7 +472,8 @@ def _summary(
         return StageTime(
             forward_seconds=forward,
             recompute_seconds=recompute,
-            kept_seconds=kept_shares[i] * recompute,
+            kept_seconds=kept[i].share * recompute,
+            kept_narrow_seconds=kept[i].narrow_share * recompute,
             backward_first_seconds=mean(("backward", 0, i)),
             backward_later_seconds=mean(("backward", 1, i)),
         )
@@ -458,7 +483,7 @@ def _summary(
     middle = statistics.mean(ordered)
     return StepTime(
         micro_batch_size=micro_batch_size,
-        stages=tuple(stage(i) for i in range(len(kept_shares))),
+        stages=tuple(stage(i) for i in range(len(kept))),
         update_seconds=mean(("optimizer", 0, 0)),
         host_seconds=sum(mean(("between", m, 0)) for m in range(2)) / 2,
         step_seconds=middle,

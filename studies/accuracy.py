@@ -40,7 +40,7 @@ from planner.nested import PLAIN, Placed
 from planner.plan import Choice, Plan
 from profiler import catalogue, records
 from profiler.device import describe
-from profiler.profile_record import DeviceRecord, PrecisionMemory, Profile
+from profiler.profile_record import KEEPINGS, DeviceRecord, Keeping, PrecisionMemory, Profile
 from studies.runs import RESULTS, document, provenance, run, write
 
 TIME_LIMIT_SECONDS = 600.0
@@ -219,11 +219,11 @@ def random_plans(profile: Profile, count: int, seed: int) -> Iterator[Plan]:
 
 
 def random_placed(
-    recomputable: Sequence[bool], selective: Sequence[bool], generator: random.Random
+    recomputable: Sequence[bool], ways: Sequence[tuple[Keeping, ...]], generator: random.Random
 ) -> Placed:
     """Runs of stages, one to six long: kept, one segment, a segment with another inside, or stages kept selectively."""
     segments: list[tuple[int, int]] = []
-    chosen: list[int] = []
+    chosen: list[tuple[int, int]] = []
     start = 0
     while start < len(recomputable):
         stop = start
@@ -232,19 +232,20 @@ def random_placed(
             stop += 1
         how = generator.choice(("kept", "kept", "segment", "nested", "selective")) if stop > start else "kept"
         if how == "selective":
-            chosen += [stage for stage in range(start, stop) if selective[stage]]
+            able = [stage for stage in range(start, stop) if ways[stage]]
+            chosen += [(stage, KEEPINGS.index(generator.choice(ways[stage]))) for stage in able]
         elif how != "kept":
             segments.append((start, stop))
             if how == "nested" and stop - start > 1:
                 first = generator.randrange(start, stop - 1)
                 segments.append((first, generator.randrange(first + 1, stop)))
         start = max(stop, start + 1)
-    return Placed(segments=tuple(segments), selective=tuple(chosen))
+    return Placed.of(tuple(segments), chosen)
 
 
-def selectable(memory: PrecisionMemory) -> list[bool]:
-    """Which stages have products to keep."""
-    return [stage.selective is not None for stage in memory.stages]
+def selectable(memory: PrecisionMemory) -> list[tuple[Keeping, ...]]:
+    """What each stage may keep as a selective segment."""
+    return [tuple(how for how in KEEPINGS if stage.keeping(how)) for stage in memory.stages]
 
 
 def measured(case: Case, plan: Plan, folder: Path, steps: int) -> Row:

@@ -108,7 +108,7 @@ def stretches(stages: Sequence[Stage], placed: Placed) -> tuple[Stretch, ...]:
         (depth, Stretch(entries[start], ends[stop]))
         for depth, (start, stop) in zip(depths(placed.segments), placed.segments, strict=True)
     )
-    selective = (Stretch(entries[i], ends[i + 1], selective=True) for i in placed.selective)
+    selective = (Stretch(entries[i], ends[i + 1], keeping=how) for i, how in placed.keeping.items())
     return (*segments, *selective)
 
 

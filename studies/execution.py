@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -150,7 +151,7 @@ def executed(workload: Workload, size: int) -> list[Outcome]:
         checkpoints = apply_checkpoints(model, plan)
         try:
             placed = index_segments(profile, plan.checkpoint)
-            around = [*placed.segments, *((stage, stage + 1) for stage in placed.selective)]
+            around = [*placed.segments, *((stage, stage + 1) for stage in placed.keeping)]
             expected = {
                 name: 1 + sum(start <= stages[name] < stop for start, stop in around) for name in counted
             }
@@ -227,10 +228,8 @@ def main() -> int:
         workload = build()
         workload.model.train()
         for outcome in executed(workload, size):
-            counts = {
-                mode: sum(s.mode == mode for s in outcome.plan.checkpoint)
-                for mode in ("recompute", "selective")
-            }
+            counts = Counter(segment.mode for segment in outcome.plan.checkpoint)
+            kept = counts["selective"] + counts["selective_narrow"]
             deepest = max((s.depth for s in outcome.plan.checkpoint), default=0)
             rows.append(
                 {
@@ -244,12 +243,13 @@ def main() -> int:
                     "good": outcome.good,
                     "segments": counts["recompute"],
                     "selective": counts["selective"],
+                    "selective_narrow": counts["selective_narrow"],
                     "depth": deepest,
                 }
             )
             print(
                 f"{name:9} budget {outcome.budget_bytes / 2**20:8.1f} MiB  peak {outcome.peak_bytes / 2**20:8.1f} MiB  "
-                f"{counts['recompute']:2} segments, {counts['selective']:2} selective, depth {deepest}  "
+                f"{counts['recompute']:2} segments, {kept:2} selective, depth {deepest}  "
                 f"{'good' if outcome.good else f'BAD {outcome.equal_bits=} {outcome.runs_as_planned=}'}",
                 flush=True,
             )

@@ -262,7 +262,7 @@ def walk(memory: PrecisionMemory, placed: Placed, *, micro_batch_size: int, micr
         return sum(size for name, size in machine.live.items() if name.startswith("gradient"))
 
     def selective(i: int) -> SelectiveMemory:
-        found = stages[i].selective
+        found = stages[i].keeping(placed.keeping[i])
         assert found is not None
         return found
 
@@ -281,7 +281,7 @@ def walk(memory: PrecisionMemory, placed: Placed, *, micro_batch_size: int, micr
                     machine.take(f"left {i} {depth}", bytes_at(stages[i].dropped_hold, b))
                     if i == first:
                         machine.take(f"input {i} {depth}", bytes_at(stages[i].input, b))
-            elif first in placed.selective:
+            elif first in placed.keeping:
                 machine.take(f"state {first} {depth}", memory.segment_bytes)
                 during(selective(first).forward)
                 machine.take(f"left {first} {depth}", bytes_at(stage.dropped_hold, b))
@@ -310,7 +310,7 @@ def walk(memory: PrecisionMemory, placed: Placed, *, micro_batch_size: int, micr
                 machine.give_back(f"input {first} {depth}")  # The first window counts it as its own.
                 there_and_back(m, first, last, (*around, (first, last)))
             else:
-                if first in placed.selective:
+                if first in placed.keeping:
                     machine.give_back(f"input {first} {depth}")
                     machine.give_back(f"products {first}")  # The second run counts them.
                     machine.take("state to go back to", memory.segment_bytes)
@@ -324,7 +324,7 @@ def walk(memory: PrecisionMemory, placed: Placed, *, micro_batch_size: int, micr
                 during(stage.backward_later if m else stage.backward_first, besides=gradients())
                 if not m:
                     machine.take(f"gradient {first}", bytes_at(stage.gradient, b))
-            if recomputed or first in placed.selective:
+            if recomputed or first in placed.keeping:
                 for i in range(first, last):
                     machine.give_back(f"left {i} {depth}")
 

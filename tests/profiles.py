@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from planner.cost import checked_peak_bytes
 from planner.nested import PLAIN, Placed, Segments
 from profiler.profile_record import (
+    KEEPINGS,
     AffineBytes,
     ChunkedHead,
     DeviceRecord,
     EnergyProfile,
     HopelessPrecision,
+    Keeping,
     Link,
     MemoryCheck,
     ParameterRecord,
@@ -36,6 +38,7 @@ from profiler.profile_record import (
     StageTime,
     StepTime,
 )
+from studies.accuracy import selectable
 
 
 def random_profile(seed: int, *, share_predicted: float = 1.0) -> Profile:
@@ -70,7 +73,8 @@ def random_profile(seed: int, *, share_predicted: float = 1.0) -> Profile:
         return StageMemory(
             input=(0.0, float(generator.randint(1, 5))), saves_input=generator.random() < 0.5, hold=affine(),
             dropped_hold=(0.0, float(generator.randint(0, 2))), carry=affine(),
-            gradient=(float(generator.randint(0, 9)), 0.0), selective=selective_memory(), **own,
+            gradient=(float(generator.randint(0, 9)), 0.0), selective=selective_memory(),
+            selective_narrow=selective_memory(), **own,
         )  # fmt: skip
 
     def memory() -> PrecisionMemory:
@@ -89,6 +93,7 @@ def random_profile(seed: int, *, share_predicted: float = 1.0) -> Profile:
                     forward_seconds=forward,
                     recompute_seconds=(recompute := generator.randint(0, forward)),
                     kept_seconds=generator.randint(0, recompute),
+                    kept_narrow_seconds=generator.randint(0, recompute),
                     backward_first_seconds=2 * forward,
                     backward_later_seconds=2 * forward,
                 )
@@ -140,25 +145,26 @@ def with_check(profile: Profile, share_predicted: float) -> Profile:
     return msgspec.structs.replace(profile, memory_check=check)
 
 
-def every_placement(recomputable: list[bool], selective: list[bool], start: int = 0) -> Iterator[Placed]:
-    """Every single-level one: each stage kept, kept selectively where it can be, or in a segment."""
+def every_placement(
+    recomputable: list[bool], ways: list[tuple[Keeping, ...]], start: int = 0
+) -> Iterator[Placed]:
+    """Every single-level one: each stage kept, selective in each way that it can be, or in a segment."""
     if start == len(recomputable):
         yield PLAIN
         return
-    for rest in every_placement(recomputable, selective, start + 1):
+    for rest in every_placement(recomputable, ways, start + 1):
         yield rest
-        if recomputable[start] and selective[start]:
-            yield replace(rest, selective=(start, *rest.selective))
+        for how in ways[start] if recomputable[start] else ():
+            yield replace(rest, **{how: (start, *getattr(rest, how))})
     for stop in range(start + 1, len(recomputable) + 1):
         if not recomputable[stop - 1]:
             return
-        for rest in every_placement(recomputable, selective, stop):
+        for rest in every_placement(recomputable, ways, stop):
             yield replace(rest, segments=((start, stop), *rest.segments))
 
 
 def placements_of(profile: Profile, memory: PrecisionMemory) -> list[Placed]:
-    selective = [stage.selective is not None for stage in memory.stages]
-    return list(every_placement([stage.recomputable for stage in profile.stages], selective))
+    return list(every_placement([stage.recomputable for stage in profile.stages], selectable(memory)))
 
 
 def every_nested_placement(placed: Placed) -> Iterator[Placed]:
@@ -201,6 +207,7 @@ stage_memories = st.builds(
     forward=curves, recompute=curves, rebuild_first=curves, rebuild_single=curves, dropped=curves,
     dropped_first=curves, backward_first=curves, backward_later=curves,
     selective=st.none() | selective_memories,
+    selective_narrow=st.none() | st.none() | selective_memories,
 ).map(backward_has_what_is_held)  # fmt: skip
 
 
@@ -218,10 +225,13 @@ def worthwhile_stage_memories(draw: st.DrawFn) -> StageMemory:
         recompute=(up_to(40, hold),), rebuild_first=(up_to(40, hold),), rebuild_single=(up_to(40, hold),),
         dropped=(up_to(60),), dropped_first=(up_to(60),),
         backward_first=(up_to(9, hold),), backward_later=(up_to(9, hold),),
-        selective=draw(st.none() | st.builds(
-            SelectiveMemory, hold=st.just(up_to(9)), forward=st.just((up_to(9, hold),)),
-            rebuild=st.just((up_to(9, hold),)),
-        )),
+        **{
+            how: draw(st.none() | st.builds(
+                SelectiveMemory, hold=st.just(up_to(9)), forward=st.just((up_to(9, hold),)),
+                rebuild=st.just((up_to(9, hold),)),
+            ))
+            for how in KEEPINGS
+        },
     )  # fmt: skip
 
 
@@ -254,6 +264,7 @@ def stage_times(draw: st.DrawFn) -> StageTime:
         forward_seconds=forward,
         recompute_seconds=recompute,
         kept_seconds=draw(st.none() | shares.map(lambda share: share * recompute)),
+        kept_narrow_seconds=draw(st.none() | shares.map(lambda share: share * recompute)),
         backward_first_seconds=backward,
         backward_later_seconds=backward * (1 + draw(shares)),
     )

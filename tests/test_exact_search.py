@@ -20,6 +20,7 @@ from planner.nested import PLAIN
 from planner.plan import NoFeasiblePlan, Prediction, Weights
 from planner.search import CHUNKS_ERROR, optimize
 from profiler.profile_record import PrecisionProfile, Profile
+from studies.accuracy import selectable
 from tests.profiles import SIZES, every_nested_placement, every_placement, profiles
 
 GLOBAL_BATCH = 8
@@ -79,10 +80,11 @@ class Space:
         deeper: bool,
     ) -> Iterator[Tried]:
         recomputable = [each.recomputable and distribution.zero_stage < 3 for each in self.profile.stages]
-        timed = [all(time.kept_seconds is not None for time in each) for each in stage_times(measured, b)]
-        known = [each.selective is not None for each in measured.memory_at(b).stages]
-        selective = [a and b for a, b in zip(timed, known, strict=True)]
-        for outer in every_placement(recomputable, selective):
+        ways = [
+            tuple(how for how in found if all(time.keeping(how) is not None for time in times))
+            for times, found in zip(stage_times(measured, b), selectable(measured.memory_at(b)), strict=True)
+        ]
+        for outer in every_placement(recomputable, ways):
             for placed in every_nested_placement(outer) if deeper else (outer,):
                 prediction = predict(
                     self.profile, measured, micro_batch_size=b, placed=placed, distribution=distribution,

@@ -27,8 +27,10 @@ from profiler import memory
 from profiler.chain import Stage, discover, recomputable_stages
 from profiler.memory import MemoryTracer, upper_envelope
 from profiler.profile_record import (
+    KEEPINGS,
     AffineBytes,
     Curve,
+    Keeping,
     Precision,
     PrecisionMemory,
     StageMemory,
@@ -158,7 +160,7 @@ def test_the_second_run_of_a_selective_stage_has_its_products_from_the_beginning
 
 def test_a_timeline_with_the_products_kept_of_a_stage_without_such_curves_is_refused() -> None:
     found = curves("mlp", "fp32")
-    bare = msgspec.structs.replace(found.stages[1], selective=None)
+    bare = msgspec.structs.replace(found.stages[1], selective=None, selective_narrow=None)
     known = msgspec.structs.replace(found, stages=(found.stages[0], bare, *found.stages[2:]))
     with pytest.raises(ValueError, match=r"no curves for stages \[1\]"):
         list(
@@ -185,8 +187,14 @@ def units_of(memory: PrecisionMemory, b: int, k: int, cost: np.ndarray | None = 
         keep_cost=np.zeros(length, dtype=np.int64),
         segment_cost=np.zeros((length, length + 1), dtype=np.int64) if cost is None else cost,
         recomputable=inner(length),
-        selective_cost={stage: stage + 1 for stage in range(length)},
+        selective_cost={
+            (stage, how): cost_of_keeping(stage, how) for stage in range(length) for how in KEEPINGS
+        },
     )
+
+
+def cost_of_keeping(stage: int, how: Keeping) -> int:
+    return stage + 1 if how == "selective" else 2 * stage + 1
 
 
 def inner(length: int) -> np.ndarray:
@@ -195,12 +203,12 @@ def inner(length: int) -> np.ndarray:
 
 def peak_of_units(units: Units, placed: Placed) -> int:
     """The highest of what the units before hold and one needs, unit by unit."""
-    options = {option.stage: option for option in units.options}
+    options = {(option.stage, KEEPINGS[option.way]): option for option in units.options}
     stops, peak, held, i = dict(placed.segments), 0, 0, 0
     while i < len(units.keep_need):
         j = stops.get(i)
         need, hold = (
-            (options[i].need, options[i].hold) if i in placed.selective
+            (options[i, placed.keeping[i]].need, options[i, placed.keeping[i]].hold) if i in placed.keeping
             else (units.keep_need[i], units.keep_hold[i]) if j is None
             else (units.need[i, j], units.hold[i, j])
         )  # fmt: skip
@@ -241,13 +249,13 @@ def test_every_point_of_the_frontier_has_the_peak_of_its_own_timeline(
     frontier = pareto(units)
     for index, (peak, time) in enumerate(frontier.points):
         taken = [units.options[number] for number in frontier.options(index)]
-        placed = Placed(segments=frontier.segments(index), selective=tuple(o.stage for o in taken))
+        placed = Placed.of(frontier.segments(index), ((o.stage, o.way) for o in taken))
         assert peak == peak_of_timeline(memory, placed, b, k)
         recomputed = sum(cost[start, stop] for start, stop in placed.segments)
         assert time == recomputed + sum(option.cost for option in taken)
 
 
-@given(memories(4, 6, worthwhile_stage_memories()), st.integers(1, 4), st.integers(1, 2))
+@given(memories(4, 5, worthwhile_stage_memories()), st.integers(1, 4), st.integers(1, 2))
 @settings(max_examples=100)
 def test_the_frontier_with_nested_segments_is_that_of_every_placement_by_its_timeline(
     memory: PrecisionMemory, b: int, k: int
@@ -271,7 +279,9 @@ def test_the_frontier_with_nested_segments_is_that_of_every_placement_by_its_tim
 
 
 def cost_of(placed: Placed) -> int:
-    return sum(stop - start for start, stop in placed.segments) + sum(stage + 1 for stage in placed.selective)
+    return sum(stop - start for start, stop in placed.segments) + sum(
+        cost_of_keeping(stage, how) for stage, how in placed.keeping.items()
+    )
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))

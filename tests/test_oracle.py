@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from planner.memory import optimizer_peak_bytes, peak_window, plan_units, timeline
 from planner.nested import PLAIN, Placed, Segments
 from planner.placement import pareto
-from profiler.profile_record import PrecisionMemory
+from profiler.profile_record import KEEPINGS, PrecisionMemory
+from studies.accuracy import selectable
 from tests.models import ZOO
 from tests.oracle import HandMade, Layer, Step, walk, windows_of
 from tests.profiles import memories
@@ -61,10 +62,12 @@ def placements(draw: st.DrawFn, memory: PrecisionMemory) -> Placed:
     """Segments, and stages outside of them that keep their products."""
     segments = draw(segmentations(0, len(memory.stages)))
     recomputed = {stage for start, stop in segments for stage in range(start, stop)}
-    possible = [
-        i for i, stage in enumerate(memory.stages) if i not in recomputed and stage.selective is not None
+    taken = [
+        (i, KEEPINGS.index(how))
+        for i, ways in enumerate(selectable(memory))
+        if i not in recomputed and ways and (how := draw(st.none() | st.sampled_from(ways)))
     ]
-    return Placed(segments=segments, selective=tuple(i for i in possible if draw(st.booleans())))
+    return Placed.of(segments, taken)
 
 
 def composed(memory: PrecisionMemory, placed: Placed, b: int, k: int) -> int:

@@ -19,7 +19,7 @@ from executor.recompute import Checkpoints, SegmentError, Stretch
 from planner.nested import Placed, Segments
 from profiler.chain import Call, discover
 from profiler.live import LiveStorages
-from profiler.profile_record import Precision
+from profiler.profile_record import KEEPINGS, Keeping, Precision
 from profiler.step import Stepper, build_optimizer
 from profiler.workload import Workload
 from studies.composition import stretches
@@ -346,13 +346,36 @@ def test_a_selective_segment_holds_its_input_and_the_products_that_are_needed_ag
     )  # fmt: skip
     x, size = torch.randn(256, 64), 256 * 64 * 4
     entries = [Call.parse(name) for name in ("2", "6")]
-    Checkpoints(model, [Stretch(*entries, selective=True)])
+    Checkpoints(model, [Stretch(*entries, keeping="selective")])
     with LiveStorages() as live:
         live.track(model.parameters())
         before = live.live_bytes
         output = model(x)
         assert live.live_bytes - before == 3 * size
         del output
+
+
+def test_a_segment_that_keeps_narrow_products_runs_the_widening_ones_again() -> None:
+    """Of Linear(65, 256), Tanh, Linear(256, 64), Tanh, Tanh the first product is wide and is made again."""
+    model = nn.Sequential(
+        nn.Linear(64, 65), nn.Tanh(), nn.Linear(65, 256), nn.Tanh(), nn.Linear(256, 64), nn.Tanh(), nn.Tanh(),
+        nn.Linear(64, 63), nn.Flatten(),
+    )  # fmt: skip
+    entries = [Call.parse(name) for name in ("2", "7")]
+    held, made = {}, {}
+    for keeping in KEEPINGS:
+        checkpoints = Checkpoints(model, [Stretch(*entries, keeping=keeping)])
+        with LiveStorages() as live, Products() as products:
+            live.track(model.parameters())
+            before = live.live_bytes
+            output = model(torch.randn(16, 64))
+            held[keeping] = live.live_bytes - before
+            output.sum().backward()
+        made[keeping] = products.count
+        checkpoints.remove()
+        del output
+    assert held["selective"] - held["selective_narrow"] == 16 * 256 * 4
+    assert made["selective_narrow"] - made["selective"] == Counter({256: 1})
 
 
 class InPlace(nn.Module):
@@ -362,7 +385,7 @@ class InPlace(nn.Module):
 
 def test_a_product_that_is_changed_in_place_is_not_kept_in_silence() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), InPlace(), nn.Tanh(), nn.Linear(8, 8))
-    Checkpoints(model, [Stretch(Call.parse("1"), Call.parse("5"), selective=True)])
+    Checkpoints(model, [Stretch(Call.parse("1"), Call.parse("5"), keeping="selective")])
     loss = model(torch.randn(4, 8)).sum()
     with pytest.raises(
         SegmentError, match=r"addmm.* was changed in place, so a selective segment cannot keep it"
@@ -586,7 +609,10 @@ def test_a_segment_inside_may_end_with_the_one_around_it() -> None:
 
 
 @pytest.mark.parametrize("stages", [(4,), (2, 3, 4, 5, 6, 7), (5, 6)])
-def test_a_selective_segment_is_equal_to_the_bit_and_keeps_its_products(stages: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("keeping", KEEPINGS)
+def test_a_selective_segment_is_equal_to_the_bit_and_keeps_its_products(
+    keeping: Keeping, stages: tuple[int, ...]
+) -> None:
     workload = gpt2(layers=3)
     model = workload.model
     batch = workload.batch(3)
@@ -605,10 +631,13 @@ def test_a_selective_segment_is_equal_to_the_bit_and_keeps_its_products(stages: 
 
     plain, products = gradients()
     checkpoints = Checkpoints(
-        model, [Stretch(entries[stage], entries[stage + 1], selective=True) for stage in stages]
+        model, [Stretch(entries[stage], entries[stage + 1], keeping=keeping) for stage in stages]
     )
     same, same_products = gradients()
     assert all(map(torch.equal, plain, same))
     assert len(plain) == len(same) > 0
-    assert same_products == products
+    # Every half block has one product that widens: to queries, keys and values, or to four times the width.
+    again = same_products - products
+    assert set(again) <= {3 * 32, 4 * 32}
+    assert again.total() == (len(stages) if keeping == "selective_narrow" else 0)
     assert checkpoints.counts == [[1, 1]] * len(stages)

@@ -20,6 +20,7 @@ from profiler.roofline import (
     step_costs,
     step_time,
 )
+from profiler.selective import NOWHERE
 from profiler.workload import Workload
 from tests import models
 
@@ -86,7 +87,7 @@ def test_an_update_in_place_reads_all_and_writes_what_it_changes() -> None:
 
 def test_the_slower_of_computing_and_moving_counts() -> None:
     """300 flops at 100 a second are 3 s, 20 bytes at 10 a second 2 s; then 4 s of moving against 1 s."""
-    operations = (Operation("a", 300, 20, "fp32", False), Operation("b", 400, 40, "bf16", False))
+    operations = (Operation("a", 300, 20, "fp32", NOWHERE), Operation("b", 400, 40, "bf16", NOWHERE))
     assert seconds(operations, RATES, PERFECT) == pytest.approx(3 + 4)
     half = Efficiency(compute=0.5, memory=1.0, operation_seconds=0.25, time_error=0.5)
     assert seconds(operations, RATES, half) == pytest.approx(6 + 4 + 2 * 0.25)
@@ -124,9 +125,9 @@ def test_efficiencies_that_times_were_made_with_are_found_again() -> None:
     """Windows that are bound by products, by memory, and by the number of operations."""
     true = Efficiency(compute=0.4, memory=0.7, operation_seconds=0.02, time_error=0.0)
     windows = [
-        [Operation("mm", 1000 * n, 1, "fp32", False) for n in range(1, 5)],
-        [Operation("add", 1, 300 * n, "fp32", False) for n in range(1, 5)],
-        [Operation("tiny", 0, 0.01, "fp32", False)] * 50,
+        [Operation("mm", 1000 * n, 1, "fp32", NOWHERE) for n in range(1, 5)],
+        [Operation("add", 1, 300 * n, "fp32", NOWHERE) for n in range(1, 5)],
+        [Operation("tiny", 0, 0.01, "fp32", NOWHERE)] * 50,
     ]
     measured = [Measured(operations=tuple(w), seconds=seconds(w, RATES, true)) for w in windows]
     assert calibrate(measured, RATES) == pytest.approx((0.4, 0.7, 0.02), rel=0.05)
