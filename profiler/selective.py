@@ -59,7 +59,9 @@ def _draws(func: Any, args: Any, kwargs: Any) -> bool:
         return False
     arguments = func._schema.arguments
     given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
-    left_out = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+    left_out = {
+        argument.name: argument.default_value for argument in arguments if argument.has_default_value()
+    }
     return bool((left_out | given).get("dropout_p", 1.0))
 
 

@@ -14,6 +14,7 @@ machine's moods meet all of them: the median over the rounds of its time over th
 
     python -m studies.placement             # --device cuda on a GPU
     python -m studies.placement --chunks    # what the loss in chunks is worth, without running a step
+    python -m studies.placement --ways      # what the second kind of selective segment is worth, the same
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from profiler import device as devices
 from profiler.allocator import measure_step
 from profiler.fake import without_memory
 from profiler.measure import profile as profile_workload
-from profiler.profile_record import Profile
+from profiler.profile_record import PrecisionMemory, Profile
 from profiler.timing import stepper_for, to_device
 from profiler.unmeasured import profile_unmeasured, target_of
 from profiler.workload import Workload
@@ -319,9 +320,14 @@ def main() -> int:
     parser.add_argument(
         "--chunks", action="store_true", help="the tightest peaks with and without, no step is run"
     )
+    parser.add_argument(
+        "--ways", action="store_true", help="times with and without selective_narrow, no step is run"
+    )
     options = parser.parse_args()
     if options.chunks:
         return chunks()
+    if options.ways:
+        return ways()
     device = devices.resolve(options.device)
     cases = ON_CUDA if device.type == "cuda" else ON_CPU
     rows: list[Row] = []
@@ -398,12 +404,7 @@ def chunks(size: int = 8, sequence_length: int = 1024) -> int:
     """The least that GPT-2 small needs for a large micro-batch, with the loss whole and in chunks."""
     gains = []
     for device in ("h200-141gb", "cpu"):
-        with without_memory():
-            workload = gpt2(sequence_length)
-        profile = profile_unmeasured(
-            workload, (size,), ("fp32",), target_of(device, ("fp32",)), optimizer="adamw", watts=None, spec=None,
-            progress=lambda message: None, trying_bytes=0,
-        )  # fmt: skip
+        profile = unmeasured(device, size, sequence_length)
         least = Weights(time=0.0, memory=1.0)
         whole = optimize(_whole_loss(profile), size, weights=least).prediction
         in_chunks = optimize(profile, size, weights=least)
@@ -416,6 +417,52 @@ def chunks(size: int = 8, sequence_length: int = 1024) -> int:
             f"in {in_chunks.loss_chunks} chunks ({tightest.peak_at}): {gains[-1]:.0%} less"
         )
     return 0 if max(gains) >= 0.4 else 1
+
+
+def unmeasured(device: str, size: int, sequence_length: int) -> Profile:
+    """GPT-2 small for a device without running it."""
+    with without_memory():
+        workload = gpt2(sequence_length)
+    return profile_unmeasured(
+        workload, (size,), ("fp32",), target_of(device, ("fp32",)), optimizer="adamw", watts=None, spec=None,
+        progress=lambda message: None, trying_bytes=0,
+    )  # fmt: skip
+
+
+def ways(size: int = 8, sequence_length: int = 1024) -> int:
+    """How much longer than the plain step the plans of GPT-2 small take at shares of its peak."""
+    for device in ("h200-141gb", "cpu"):
+        profile = _whole_loss(unmeasured(device, size, sequence_length))
+        plain = optimize(profile, size).prediction
+        for share in (0.9, 0.8, 0.7, 0.6, 0.5):
+            budget = int(share * plain.peak_memory_bytes * (1 + plain.error.peak_memory_bytes))
+            longer = [
+                optimize(each, size, budget).prediction.step_seconds / plain.step_seconds - 1
+                for each in (_without_narrow(profile), profile)
+            ]
+            print(
+                f"GPT-2 small, {size} x {sequence_length:,} tokens, fp32, {device}, {share:.0%} of the plain peak: "
+                f"{longer[0]:+.2%} with one kind of selective segment, {longer[1]:+.2%} with both"
+            )
+    return 0
+
+
+def _without_narrow(profile: Profile) -> Profile:
+    def stripped(memory: PrecisionMemory | None) -> PrecisionMemory | None:
+        if memory is None:
+            return None
+        stages = (msgspec.structs.replace(stage, selective_narrow=None) for stage in memory.stages)
+        return msgspec.structs.replace(memory, stages=tuple(stages))
+
+    return msgspec.structs.replace(
+        profile,
+        precisions=tuple(
+            msgspec.structs.replace(
+                each, memory=stripped(each.memory), memory_at_one=stripped(each.memory_at_one)
+            )
+            for each in profile.precisions
+        ),
+    )
 
 
 def _whole_loss(profile: Profile) -> Profile:

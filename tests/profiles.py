@@ -73,8 +73,7 @@ def random_profile(seed: int, *, share_predicted: float = 1.0) -> Profile:
         return StageMemory(
             input=(0.0, float(generator.randint(1, 5))), saves_input=generator.random() < 0.5, hold=affine(),
             dropped_hold=(0.0, float(generator.randint(0, 2))), carry=affine(),
-            gradient=(float(generator.randint(0, 9)), 0.0), selective=selective_memory(),
-            selective_narrow=selective_memory(), **own,
+            gradient=(float(generator.randint(0, 9)), 0.0), selective=selective_memory(), **own,
         )  # fmt: skip
 
     def memory() -> PrecisionMemory:
@@ -93,7 +92,6 @@ def random_profile(seed: int, *, share_predicted: float = 1.0) -> Profile:
                     forward_seconds=forward,
                     recompute_seconds=(recompute := generator.randint(0, forward)),
                     kept_seconds=generator.randint(0, recompute),
-                    kept_narrow_seconds=generator.randint(0, recompute),
                     backward_first_seconds=2 * forward,
                     backward_later_seconds=2 * forward,
                 )
