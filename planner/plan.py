@@ -314,7 +314,7 @@ class Plan(Document, tag="plan"):
     ``convergence`` None: the global batch was given, and plans were ordered by the time of a step. ``run``: what the
     whole run takes, where someone asked.
     ``course`` and ``stages``: None in a file of an older version, and for a plan that took the place of the chosen one.
-    ``asked``: None in a file of an older version. ``what_ifs``: what other questions would have found, if someone asked.
+    ``asked``: None in a file of an older version. ``what_ifs``: what other questions would have found, where asked.
     """
 
     current_version: ClassVar[int] = 1

@@ -230,7 +230,10 @@ class _Candidates:
         self._found: dict[tuple[_Way, bool], _Candidate] = {}
 
     def ways(
-        self, distributions: Sequence[Distribution], precisions: Sequence[PrecisionProfile], chunked: bool = True
+        self,
+        distributions: Sequence[Distribution],
+        precisions: Sequence[PrecisionProfile],
+        chunked: bool = True,
     ) -> tuple[_Way, ...]:
         """All that there are for these distributions and precisions; ``chunked``: the loss in chunks as well."""
         return tuple(
@@ -371,9 +374,7 @@ class Space:
         profile = self.profile
         distributions = _distributions(profile, world_size, asked.zero_stages, asked.link)
         terms = _Terms.of(profile, memory_budget_bytes, self._terms.calibration, world_size)
-        ways = self._shared.ways(
-            distributions, _precisions(profile, asked.precisions, world_size), chunked
-        )
+        ways = self._shared.ways(distributions, _precisions(profile, asked.precisions, world_size), chunked)
         return Space(
             profile, self.global_batch_size, world_size, memory_budget_bytes, self.weights, self._shared, ways,
             terms, self.baselines, deeper=deeper,

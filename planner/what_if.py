@@ -19,11 +19,13 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from planner.calibration import Calibration
 from planner.communication import LARGEST_MACHINE, catalogue_link
 from planner.explain import budget_for, chosen
 from planner.plan import Asked, Choice, Knob, Plan, WhatIf
-from planner.search import Space
+from planner.search import Space, space
 from planner.zero import ZERO_STAGES
+from profiler import records
 from profiler.profile_record import PRECISIONS, Link, Precision, Profile
 
 GIB = 2**30
@@ -32,15 +34,17 @@ DEEPER_UP_TO_STAGES = 64
 """Segments inside segments are looked for in chains that are no longer: in those of 64 it takes a tenth of a second, in
 one of 196, with sizes that have no common unit, minutes."""
 
-NOT_SEARCHED = "nothing fits, unless with segments inside segments, which in so long a chain are not looked for here"
+NOT_SEARCHED = (
+    "nothing fits, unless with segments inside segments, which in so long a chain are not looked for here"
+)
 
 LEAST = 1
 """A budget, in bytes, that nothing fits."""
 
 
-def what_ifs(space: Space, plan: Plan) -> tuple[WhatIf, ...]:
-    """What other questions would find than the one that ``plan`` answers from ``space``."""
-    own, questions = chosen(plan), _Questions(space)
+def what_ifs(searched: Space, plan: Plan) -> tuple[WhatIf, ...]:
+    """What other questions would find than the one that ``plan`` answers from what was ``searched``."""
+    own, questions = chosen(plan), _Questions(searched)
     return (
         *questions.budgets(own),
         *questions.precisions(),
@@ -51,9 +55,33 @@ def what_ifs(space: Space, plan: Plan) -> tuple[WhatIf, ...]:
     )
 
 
-def ways_out(space: Space) -> tuple[WhatIf, ...]:
-    """Where nothing in ``space`` fits: what would, and of a larger budget the least."""
-    questions = _Questions(space)
+def what_ifs_of(plan: Plan, profile: Profile, calibration: Calibration | None = None) -> tuple[WhatIf, ...]:
+    """The same for a plan from a file. Raises ``OtherProfile`` for a profile that it was not made from."""
+    if records.sha256(profile) != plan.profile_sha256:
+        raise OtherProfile(
+            f"The plan was made from profile {plan.profile_sha256[:12]}, and this is {records.sha256(profile)[:12]}. "
+            "Give the one it was made from, or make the plan again with planner optimize."
+        )
+    asked = plan.asked
+    if asked is None:
+        raise ValueError(
+            "The plan does not say what it was chosen from: an older version wrote it. Make it again with planner "
+            "optimize."
+        )
+    searched = space(
+        profile, plan.global_batch_size, plan.memory_budget_bytes, plan.objective.weights, plan.world_size,
+        precisions=asked.precisions, zero_stages=asked.zero_stages, link=asked.link, calibration=calibration,
+    )  # fmt: skip
+    return what_ifs(searched, plan)
+
+
+class OtherProfile(ValueError):
+    """The profile is not the one that a plan was made from."""
+
+
+def ways_out(searched: Space) -> tuple[WhatIf, ...]:
+    """Where nothing that was searched fits: what would, and of a larger budget the least."""
+    questions = _Questions(searched)
     relaxed = (*questions.precisions(), *questions.devices(), *questions.zero_stages())
     fitting = (each for each in relaxed if each.choice is not None and each.choice.fits)
     return (questions.tightest(), *fitting)
@@ -83,10 +111,10 @@ def _flags(way: WhatIf) -> str:
 class _Questions:
     """The question that a space answers, and others."""
 
-    def __init__(self, space: Space) -> None:
-        self._space = space
-        self._asked = space.asked
-        self._deeper = len(space.profile.stages) <= DEEPER_UP_TO_STAGES
+    def __init__(self, searched: Space) -> None:
+        self._space = searched
+        self._asked = searched.asked
+        self._deeper = len(searched.profile.stages) <= DEEPER_UP_TO_STAGES
 
     @property
     def _profile(self) -> Profile:
@@ -109,10 +137,10 @@ class _Questions:
         )  # fmt: skip
 
     def _unknown(self, knob: Knob, change: str, reason: str, world_size: int | None = None) -> WhatIf:
-        space = self._space
+        here = self._space
         return WhatIf(
-            knob=knob, change=change, memory_budget_bytes=space.memory_budget_bytes,
-            world_size=world_size or space.world_size, choice=None, reason=reason,
+            knob=knob, change=change, memory_budget_bytes=here.memory_budget_bytes,
+            world_size=world_size or here.world_size, choice=None, reason=reason,
         )  # fmt: skip
 
     def budgets(self, own: Choice) -> Iterator[WhatIf]:
@@ -130,7 +158,7 @@ class _Questions:
 
     def tightest(self) -> WhatIf:
         """The least memory with which there is a plan."""
-        change = "as little memory as still does" + ("" if self._deeper else ", no segment in another")
+        change = "the least memory" + ("" if self._deeper else ", no segment in another")
         found = self._answer("memory_budget", change, memory_budget_bytes=LEAST)
         assert found.choice is not None
         return msgspec.structs.replace(
@@ -141,13 +169,13 @@ class _Questions:
 
     def precisions(self) -> Iterator[WhatIf]:
         """Each precision that was not asked for, beside those that were."""
-        space = self._space
+        here = self._space
         hopeless = {each.precision: each.slowdown for each in self._profile.hopeless}
         for precision in PRECISIONS:
             if precision in self._asked.precisions:
                 continue
             change = f"{precision} as well"
-            if space.world_size > 1:
+            if here.world_size > 1:
                 yield self._unknown("precision", change, "several processes run in fp32 only")
             elif precision in hopeless:
                 slower = f"{hopeless[precision]:.1f} times slower than fp32 on this device"
@@ -157,11 +185,9 @@ class _Questions:
                     "precision", change, f"not profiled: planner profile --precision {self._with(precision)}"
                 )
             else:
-                asked = msgspec.structs.replace(
-                    self._asked, precisions=(*self._asked.precisions, precision)
-                )
+                asked = msgspec.structs.replace(self._asked, precisions=(*self._asked.precisions, precision))
                 yield self._answer(
-                    "precision", change, memory_budget_bytes=space.memory_budget_bytes, asked=asked
+                    "precision", change, memory_budget_bytes=here.memory_budget_bytes, asked=asked
                 )
 
     def _with(self, precision: Precision) -> str:
@@ -171,35 +197,33 @@ class _Questions:
 
     def placements(self, own: Choice) -> Iterator[WhatIf]:
         """What the plan does to save memory, forbidden."""
-        space = self._space
+        here = self._space
         if own.checkpoint:
-            plain = [space.by_hand(knobs, "plain") for knobs in space.candidates()]
+            plain = [here.by_hand(knobs, "plain") for knobs in here.candidates()]
             fitting = [choice for choice in plain if choice.fits]
             choice = (
-                min(fitting, key=lambda each: space.cost(each.prediction))
+                min(fitting, key=lambda each: here.cost(each.prediction))
                 if fitting
                 else min(plain, key=lambda each: budget_for(each.prediction))
             )
             yield WhatIf(
-                knob="recomputation", change="nothing recomputed", memory_budget_bytes=space.memory_budget_bytes,
-                world_size=space.world_size, choice=choice,
+                knob="recomputation", change="nothing recomputed", memory_budget_bytes=here.memory_budget_bytes,
+                world_size=here.world_size, choice=choice,
             )  # fmt: skip
         if own.loss_chunks:
             yield self._answer(
-                "loss_chunks", "the loss in one piece", memory_budget_bytes=space.memory_budget_bytes,
+                "loss_chunks", "the loss in one piece", memory_budget_bytes=here.memory_budget_bytes,
                 chunked=False,
             )  # fmt: skip
-        elif space.world_size > 1 and any(each.chunked_head for each in self._profile.precisions):
-            yield self._unknown(
-                "loss_chunks", "the loss in chunks", "not measured with several processes"
-            )
+        elif here.world_size > 1 and any(each.chunked_head for each in self._profile.precisions):
+            yield self._unknown("loss_chunks", "the loss in chunks", "not measured with several processes")
 
     def devices(self) -> Iterator[WhatIf]:
         """The next number of devices that divides the global batch, with every stage of ZeRO."""
-        space, profile = self._space, self._profile
+        here, profile = self._space, self._profile
         world, link = self._next_world()
         if world is None:
-            reason = f"no larger number of them divides a global batch of {space.global_batch_size}"
+            reason = f"no larger number of them divides a global batch of {here.global_batch_size}"
             yield self._unknown("devices", "more devices", reason)
             return
         change = f"{world} devices"
@@ -212,18 +236,18 @@ class _Questions:
         else:
             asked = Asked(precisions=("fp32",), zero_stages=ZERO_STAGES, link=link)
             yield self._answer(
-                "devices", change, memory_budget_bytes=space.memory_budget_bytes, world_size=world, asked=asked
+                "devices", change, memory_budget_bytes=here.memory_budget_bytes, world_size=world, asked=asked
             )
             return
         yield self._unknown("devices", change, reason, world)
 
     def _next_world(self) -> tuple[int | None, Link | None]:
-        """How many devices come next, and how fast they reach each other: those that were measured before any others."""
-        space, profile = self._space, self._profile
-        batch, sizes = space.global_batch_size, profile.micro_batch_sizes
+        """How many devices come next, and how fast they reach each other: measured ones before others."""
+        here, profile = self._space, self._profile
+        batch, sizes = here.global_batch_size, profile.micro_batch_sizes
         larger = [
             world
-            for world in range(space.world_size + 1, batch // sizes[0] + 1)
+            for world in range(here.world_size + 1, batch // sizes[0] + 1)
             if any(batch % (b * world) == 0 for b in range(sizes[0], sizes[-1] + 1))
         ]
         measured = profile.link
@@ -236,19 +260,22 @@ class _Questions:
 
     def zero_stages(self) -> Iterator[WhatIf]:
         """Each stage of ZeRO that was not asked for, beside those that were."""
-        space = self._space
+        here = self._space
         for stage in ZERO_STAGES:
-            if space.world_size > 1 and stage not in self._asked.zero_stages:
+            if here.world_size > 1 and stage not in self._asked.zero_stages:
                 asked = msgspec.structs.replace(self._asked, zero_stages=(*self._asked.zero_stages, stage))
                 yield self._answer(
                     "zero_stage", f"ZeRO stage {stage} as well",
-                    memory_budget_bytes=space.memory_budget_bytes, asked=asked,
+                    memory_budget_bytes=here.memory_budget_bytes, asked=asked,
                 )  # fmt: skip
 
     def micro_batches(self, own: Choice) -> Iterator[WhatIf]:
         """Larger micro-batches than were profiled, where the plan takes the largest."""
         low, high = self._profile.micro_batch_sizes[0], self._profile.micro_batch_sizes[-1]
-        if own.micro_batch_size == high and self._space.global_batch_size % (2 * high * self._space.world_size) == 0:
+        if (
+            own.micro_batch_size == high
+            and self._space.global_batch_size % (2 * high * self._space.world_size) == 0
+        ):
             sizes = ",".join(str(size) for size in dict.fromkeys((low, high, 2 * high)))
             reason = f"{high} is the largest that was profiled: planner profile --batch {sizes}"
             yield self._unknown("micro_batch", "larger micro-batches", reason)

@@ -91,7 +91,9 @@ def longer(profile: Profile, layers: int) -> Profile:
 
     def slower(step: StepTime) -> StepTime:
         stages = repeated(step.stages, lambda stage, _: stage)
-        added = sum(s.forward_seconds + s.backward_later_seconds for s in step.stages[first:stop]) * (times - 1)
+        added = sum(s.forward_seconds + s.backward_later_seconds for s in step.stages[first:stop]) * (
+            times - 1
+        )
         return msgspec.structs.replace(step, stages=stages, step_seconds=step.step_seconds + added)
 
     made = msgspec.structs.replace(
