@@ -66,12 +66,13 @@ def _sections(plan: Plan, trials: Sequence[Trial]) -> Iterator[str]:
         "mark, or go there with the tab key, to see what it does.",
         charts.front(plan),
     )
-    yield _section(
-        "What would change it",
-        "The search asked again with one thing of the question otherwise: the cheapest plan then, with its cost on the "
-        "scale of this one. Per GiB is by how much one GiB more shortens a step, at that rate.",
-        _what_ifs(plan),
-    )
+    if (told := answers(plan)) is not None:
+        yield _section(
+            "What would change it",
+            "The search asked again with one thing of the question otherwise: the cheapest plan then, its cost on the "
+            "scale of this one. Per GiB is by how much one GiB more shortens a step, at that rate.",
+            _what_ifs(told),
+        )
     yield _section(
         "Memory over one step",
         "From left to right the windows of a step, a stage running forward, again or backward; each is as high as what "
@@ -207,13 +208,7 @@ def _weighed(weights: Weights) -> str:
 # What would change it
 
 
-def _what_ifs(plan: Plan) -> str:
-    told = answers(plan)
-    if told is None:
-        return (
-            '<p class="missing">The plan file does not hold what other questions would have found. Make it again with '
-            "planner optimize, or ask planner explain with --profile.</p>"
-        )
+def _what_ifs(told: Sequence[Answer]) -> str:
     titles = ("step time", "", "peak", "cost", "per GiB")
     head = "".join(f'<span class="number">{title}</span>' for title in titles)
     rows = "".join(_answer(each) for each in told if each.plan is not None)
