@@ -4,8 +4,10 @@
     GPT-2 small, 4 processes    the same over a stated link, with every stage of ZeRO
     96 layers                   the same profile with its transformer blocks repeated
 
-Each at a global batch of 32, for no memory limit, for a budget that binds, and for one that only segments inside
-segments could meet. Several processes run in fp32 alone (planner/zero.py); the profile has two precisions for one.
+Each at a global batch of 32, for no memory limit, for a budget that binds, and for one that nothing fits, for which
+segments inside segments are tried as well; in chains as long as that of 96 layers these take minutes, and are left out.
+Several processes run in fp32 alone (planner/zero.py). Times are the shortest of several, on the wall clock and of the
+process; the very first call in a process may read compiled loops from the disk, and is not counted.
 
     python -m studies.deciding [PROFILE]
 """
@@ -16,6 +18,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +28,7 @@ from planner.cost import checked_peak_bytes
 from planner.explain import budget_for
 from planner.plan import NoFeasiblePlan
 from planner.search import space
+from planner.what_if import DEEPER_UP_TO_STAGES, ways_out, what_ifs
 from profiler import records
 from profiler.profile_record import Curve, Link, ParameterRecord, PrecisionMemory, Profile, StepTime
 
@@ -32,7 +36,7 @@ GPT2 = Path(__file__).parent.parent / "tests" / "data" / "gpt2.profile.json"
 GLOBAL_BATCH = 32
 WORLD = 4
 LAYERS = 96
-REPEATS = 5
+REPEATS = 3
 STATE_BYTES_PER_PARAMETER = 8
 """The two moments of Adam."""
 
@@ -149,19 +153,38 @@ def _moved(name: str, blocks: int) -> str:
     return ".".join(parts)
 
 
-def decided(profile: Profile, budget_bytes: int | None, **asked: Any) -> tuple[float, str]:
-    """The fastest of several decisions in seconds, and what came of it."""
-    taken = []
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Taken:
+    """The shortest of several times: to decide, and then, of the process, to say what would change it or make it fit."""
+
+    wall_seconds: float
+    process_seconds: float
+    what_if_seconds: float
+    said: str
+
+
+def decided(profile: Profile, budget_bytes: int | None, **asked: Any) -> Taken:
+    """How long a decision takes, and what came of it."""
+    walls, processes, others = [], [], []
     said = ""
     for _ in range(REPEATS):
-        began = time.perf_counter()
+        wall, process = time.perf_counter(), time.process_time()
+        searched = space(profile, GLOBAL_BATCH, budget_bytes, **asked)
+        plan = None
         try:
-            plan = space(profile, GLOBAL_BATCH, budget_bytes, **asked).plan()
+            plan = searched.plan()
             said = f"{plan.objective.plans_considered} plans considered"
         except NoFeasiblePlan:
             said = "nothing fits"
-        taken.append(time.perf_counter() - began)
-    return min(taken), said
+        walls.append(time.perf_counter() - wall)
+        processes.append(time.process_time() - process)
+        process = time.process_time()
+        found = ways_out(searched) if plan is None else what_ifs(searched, plan)
+        others.append(time.process_time() - process)
+        said = f"{said}, {sum(each.choice is not None for each in found)} other questions"
+    return Taken(
+        wall_seconds=min(walls), process_seconds=min(processes), what_if_seconds=min(others), said=said
+    )
 
 
 def cases(profile: Profile) -> dict[str, tuple[Profile, dict[str, Any]]]:
@@ -185,10 +208,16 @@ def main() -> int:
     for name, (made, asked) in cases(profile).items():
         front = space(made, GLOBAL_BATCH, **asked).plan().front
         tightest, widest = budget_for(front[0].prediction), budget_for(front[-1].prediction)
-        budgets = {"no limit": None, "binding": (tightest + widest) // 2, "nested": tightest - 2**20}
+        budgets = {"no limit": None, "binding": (tightest + widest) // 2}
+        if len(made.stages) <= DEEPER_UP_TO_STAGES:
+            budgets["too small"] = tightest // 2
         for which, budget in budgets.items():
-            taken, said = decided(made, budget, **asked)
-            print(f"{name:26} {which:9} {taken:7.3f} s  {said}", flush=True)
+            taken = decided(made, budget, **asked)
+            print(
+                f"{name:25} {which:9} decided in {taken.wall_seconds:6.3f} s ({taken.process_seconds:6.3f} s CPU), "
+                f"what-ifs {taken.what_if_seconds:6.3f} s CPU; {taken.said}",
+                flush=True,
+            )
     return 0
 
 
