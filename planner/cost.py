@@ -347,6 +347,7 @@ def instead(plan: Plan, choice: Choice) -> Plan:
         stages=None,
         convergence=None,
         run=None,
+        what_ifs=None,
     )
 
 

@@ -22,9 +22,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
+import msgspec
+
 from planner.convergence import steps_saved
 from planner.cost import objective
-from planner.plan import Choice, Convergence, Objective, Plan, Prediction, Segment
+from planner.plan import Choice, Convergence, Knob, Objective, Plan, Prediction, Segment, WhatIf
+from planner.words import of_bytes
 from profiler.profile_record import (
     NoiseScale,
     Precision,
@@ -57,6 +60,7 @@ class Alternative(Record):
     segments: int
     checkpoint: str
     loss_chunks: int | None
+    zero_stage: int
     fits: bool
     same: bool
     step_seconds: float
@@ -68,6 +72,24 @@ class Alternative(Record):
     relative_cost: float
 
 
+class Answer(Record):
+    """What changing one thing of the question would buy.
+
+    ``feasible`` None: it cannot be told, and ``reason`` says why. ``plan``: the cheapest then; where none fits, the one
+    that needs least. ``seconds_per_gib``: of a limited change of the memory budget that changes the plan, how much
+    faster a step gets by one GiB more, at that rate.
+    """
+
+    knob: Knob
+    change: str
+    memory_budget_bytes: int | None
+    world_size: int
+    feasible: bool | None
+    reason: str | None
+    plan: Alternative | None
+    seconds_per_gib: float | None
+
+
 class Explanation(Document, tag="explanation"):
     """What binds a plan, why others lose, and what other budgets would give.
 
@@ -76,6 +98,8 @@ class Explanation(Document, tag="explanation"):
     faster plan on the front that does not fit. The front in a plan is thinned: between two of its points
     there may be others. ``saved_by_doubling``: the share of the steps to a target that twice the global batch
     would save; None where the noise scale is not known. ``convergence``: how the global batch was chosen, if it was.
+    ``what_ifs``: what else could be asked, None where nobody did; ``tightest`` is from there, else from the front,
+    which has no segments inside segments unless nothing else fitted.
     """
 
     current_version: ClassVar[int] = 1
@@ -99,6 +123,7 @@ class Explanation(Document, tag="explanation"):
     without_limit: Alternative
     time_source: TimeSource = "measured"
     convergence: Convergence | None = None
+    what_ifs: tuple[Answer, ...] | None = None
 
 
 def explain(plan: Plan) -> Explanation:
@@ -131,12 +156,74 @@ def explain(plan: Plan) -> Explanation:
             _beside(plan, "sqrt", baselines.sqrt),
             _beside(plan, "every_block", baselines.every_block),
         ),
-        tightest=_beside(plan, "tightest", plan.front[0]),
+        tightest=_beside(plan, "tightest", _tightest(plan)),
         next_faster=None if next_faster is None else _beside(plan, "next_faster", next_faster),
         without_limit=_beside(plan, "without_limit", without_limit),
         time_source=plan.time_source,
         convergence=plan.convergence,
+        what_ifs=answers(plan),
     )
+
+
+def answers(plan: Plan) -> tuple[Answer, ...] | None:
+    """The plan's what-ifs beside it."""
+    return None if plan.what_ifs is None else tuple(_answer(plan, each) for each in plan.what_ifs)
+
+
+def _answer(plan: Plan, what_if: WhatIf) -> Answer:
+    choice = what_if.choice
+    other = None if choice is None else _beside(plan, what_if.knob, choice)
+    if other is not None and what_if.world_size != plan.world_size:
+        other = msgspec.structs.replace(other, same=False)
+    return Answer(
+        knob=what_if.knob,
+        change=what_if.change,
+        memory_budget_bytes=what_if.memory_budget_bytes,
+        world_size=what_if.world_size,
+        feasible=None if choice is None else choice.fits,
+        reason=what_if.reason,
+        plan=other,
+        seconds_per_gib=_seconds_per_gib(plan, what_if),
+    )
+
+
+def outcome_text(answer: Answer) -> str:
+    """What the answer is, in one line."""
+    other = answer.plan
+    if other is None:
+        return answer.reason or ""
+    if not answer.feasible:
+        return f"nothing fits: the tightest needs {of_bytes(other.budget_bytes)}"
+    if other.same:
+        return "this very plan"
+    counted = "1 segment" if other.segments == 1 else f"{other.segments or 'no'} segments"
+    words = [
+        other.precision,
+        f"{other.micro_batch_size} x {other.gradient_accumulation_steps}",
+        *([f"ZeRO stage {other.zero_stage}"] if answer.world_size > 1 else []),
+        counted,
+        *([f"the loss in {other.loss_chunks} chunks"] if other.loss_chunks else []),
+    ]
+    return ", ".join(words)
+
+
+def _seconds_per_gib(plan: Plan, what_if: WhatIf) -> float | None:
+    choice, budget = what_if.choice, what_if.memory_budget_bytes
+    if what_if.knob != "memory_budget" or budget is None or choice is None or not choice.fits:
+        return None
+    more = budget - (plan.memory_budget_bytes or budget_for(plan.prediction))
+    saved = plan.prediction.step_seconds - choice.prediction.step_seconds
+    return saved * 2**30 / more if more and saved else None
+
+
+def _tightest(plan: Plan) -> Choice:
+    """What needs least of the front and of all that fits another question about the same devices."""
+    alike = (
+        each.choice
+        for each in plan.what_ifs or ()
+        if each.knob == "memory_budget" and each.choice is not None and each.choice.fits
+    )
+    return min((plan.front[0], *alike), key=lambda choice: budget_for(choice.prediction))
 
 
 def chosen(plan: Plan) -> Choice:
@@ -179,6 +266,7 @@ def _beside(plan: Plan, name: str, choice: Choice) -> Alternative:
         segments=len(choice.checkpoint),
         checkpoint=checkpoint_text(choice.checkpoint, choice.loss_chunks),
         loss_chunks=choice.loss_chunks,
+        zero_stage=choice.zero_stage,
         fits=choice.fits,
         same=knobs
         == (plan.micro_batch_size, plan.precision, plan.zero_stage, plan.loss_chunks, plan.checkpoint),

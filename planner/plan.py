@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal
 from msgspec import Meta
 
 from profiler import records
-from profiler.profile_record import DeviceRecord, Keeping, NoiseScale, Positive, Precision, TimeSource
+from profiler.profile_record import DeviceRecord, Keeping, Link, NoiseScale, Positive, Precision, TimeSource
 from profiler.records import Document, Record
 from profiler.workload_spec import WorkloadSpec
 
@@ -283,6 +283,35 @@ class Stage(Record):
     kept_bytes: int
 
 
+class Asked(Record):
+    """What the search could choose from, besides the budget: precisions, stages of ZeRO, and over which link."""
+
+    precisions: tuple[Precision, ...]
+    zero_stages: tuple[Annotated[int, Meta(ge=0, le=3)], ...]
+    link: Link | None
+
+
+Knob = Literal[
+    "memory_budget", "precision", "recomputation", "loss_chunks", "devices", "zero_stage", "micro_batch"
+]
+"""What a question can be changed in."""
+
+
+class WhatIf(Record):
+    """What the search answers when one thing of the question is otherwise (planner/what_if.py).
+
+    ``memory_budget_bytes`` and ``world_size`` are those of the changed question. ``choice``: its cheapest plan; where
+    none fits, the one that needs least. None: it cannot be told, and ``reason`` says why.
+    """
+
+    knob: Knob
+    change: str
+    memory_budget_bytes: Positive | None
+    world_size: Positive
+    choice: Choice | None
+    reason: str | None = None
+
+
 class Plan(Document, tag="plan"):
     """One plan. ``micro_batch_size * gradient_accumulation_steps * world_size == global_batch_size``.
 
@@ -290,6 +319,7 @@ class Plan(Document, tag="plan"):
     ``convergence`` None: the global batch was given, and plans were ordered by the time of a step. ``run``: what the
     whole run takes, where someone asked.
     ``course`` and ``stages``: None in a file of an older version, and for a plan that took the place of the chosen one.
+    ``asked``: None in a file of an older version. ``what_ifs``: what other questions would have found, where asked.
     """
 
     current_version: ClassVar[int] = 1
@@ -319,6 +349,8 @@ class Plan(Document, tag="plan"):
     run: RunCost | None = None
     course: Course | None = None
     stages: tuple[Stage, ...] | None = None
+    asked: Asked | None = None
+    what_ifs: tuple[WhatIf, ...] | None = None
 
     def __post_init__(self) -> None:
         b, k, world = self.micro_batch_size, self.gradient_accumulation_steps, self.world_size

@@ -2,6 +2,7 @@
 
     head        the plan's knobs, time and peak with their stated errors, the proof
     front       peak against time: every plan of the front, what people do by hand, the budget
+    what-ifs    what one thing of the question otherwise would change
     memory      what is alive in every window of a step, by part
     time        where a step's seconds go, and its joules where they are known
     stages      what each stage takes, and what becomes of it
@@ -25,9 +26,9 @@ from msgspec import to_builtins
 
 from planner import charts
 from planner.drawing import BYTES, JOULES, SECONDS, Unit, tag
-from planner.explain import alike, explain, proof_text, segment_runs
+from planner.explain import Answer, alike, answers, explain, outcome_text, proof_text, segment_runs
 from planner.plan import Cost, Mode, Plan, Stage, Weights
-from planner.words import of_bytes, of_count, of_joules, of_seconds, of_source
+from planner.words import change, of_bytes, of_count, of_joules, of_seconds, of_source
 
 Trial = tuple[str, Cost, Cost]
 """What was tried, in a few words; what was predicted for it and what was measured."""
@@ -70,6 +71,13 @@ def _sections(plan: Plan, trials: Sequence[Trial]) -> Iterator[str]:
         "mark, or go there with the tab key, to see what it does.",
         charts.front(plan),
     )
+    if (told := answers(plan)) is not None:
+        yield _section(
+            "What would change it",
+            "The search asked again with one thing of the question otherwise: the cheapest plan then, its cost on the "
+            "scale of this one. Per GiB is by how much one GiB more shortens a step, at that rate.",
+            _what_ifs(told),
+        )
     yield _section(
         "Memory over one step",
         "From left to right the windows of a step, a stage running forward, again or backward; each is as high as what "
@@ -200,6 +208,42 @@ def _weighed(weights: Weights) -> str:
     if len(counted) == 1 and counted[0][1] == 1:
         return f"{counted[0][0]}, over the plain plan's"
     return " + ".join(f"{weight:g} * {name}" for name, weight in counted) + ", each over the plain plan's"
+
+
+# What would change it
+
+
+def _what_ifs(told: Sequence[Answer]) -> str:
+    titles = ("step time", "", "peak", "cost", "per GiB")
+    head = "".join(f'<span class="number">{title}</span>' for title in titles)
+    rows = "".join(_answer(each) for each in told if each.plan is not None)
+    unknown = "".join(
+        f"<dt>{escape(each.change)}</dt><dd>{escape(outcome_text(each))}</dd>"
+        for each in told
+        if each.plan is None
+    )
+    note = f'<p class="note">What nobody can tell from the profile:</p><dl>{unknown}</dl>' if unknown else ""
+    return (
+        f'<div class="row answer head"><span class="name">with</span>{head}<span class="how">the plan would be</span>'
+        f"</div>{rows}{note}"
+    )
+
+
+def _answer(answer: Answer) -> str:
+    other, rate = answer.plan, answer.seconds_per_gib
+    assert other is not None
+    numbers = ("",) * 5
+    if answer.feasible:
+        numbers = (
+            of_seconds(other.step_seconds), change(other.relative_step_seconds), of_bytes(other.peak_memory_bytes),
+            f"{other.cost:.3f}", "" if rate is None else of_seconds(rate),
+        )  # fmt: skip
+    cells = "".join(f'<span class="number">{number}</span>' for number in numbers)
+    placed = "" if other.same or not answer.feasible else f' title="{escape(other.checkpoint)}"'
+    return (
+        f'<div class="row answer"><span class="name">{escape(answer.change)}</span>{cells}'
+        f'<span class="how"{placed}>{escape(outcome_text(answer))}</span></div>'
+    )
 
 
 # Stages

@@ -43,7 +43,7 @@ from planner.energy import step_joules, watts_at
 from planner.memory import constant_bytes, optimizer_peak_bytes, plan_nest, plan_units
 from planner.nested import PLAIN, Placed, Segments, Solution, nested
 from planner.placement import Frontier, Units, pareto, sqrt_segments
-from planner.plan import Baselines, Choice, Cost, NoFeasiblePlan, Objective, Plan, Prediction, Weights
+from planner.plan import Asked, Baselines, Choice, Cost, NoFeasiblePlan, Objective, Plan, Prediction, Weights
 from planner.sizes import size_text
 from planner.time import at_micro_batch, segment_nanoseconds, selective_seconds
 from planner.zero import ZERO_STAGES
@@ -182,13 +182,8 @@ def space(
     distributions = _distributions(profile, world_size, zero_stages, link)
     chosen = _precisions(profile, precisions, world_size)
     sizes = _micro_batch_sizes(profile, global_batch_size, world_size)
-    candidates = [
-        _candidate(profile, measured, loss_chunks, b, global_batch_size // (b * world_size), distribution)
-        for distribution in distributions
-        for measured in chosen
-        for loss_chunks in _loss_chunks(measured, distribution)
-        for b in sizes
-    ]
+    candidates = _Candidates(profile, global_batch_size)
+    ways = candidates.ways(distributions, chosen)
     terms = _Terms.of(profile, memory_budget_bytes, calibration, world_size)
     by_hand = replace(distributions[0], zero_stage=0)
     baselines = _baselines(profile, chosen[0], global_batch_size, sizes[-1], by_hand, terms)
@@ -198,7 +193,8 @@ def space(
         world_size,
         memory_budget_bytes,
         weights,
-        tuple(candidates),
+        candidates,
+        ways,
         terms,
         baselines,
     )
@@ -220,12 +216,58 @@ class Knobs(NamedTuple):
         )
 
 
+_Way = tuple[Distribution, Precision, int | None, int]
+"""How a step is spread, its precision, the chunks of its loss, its micro-batch."""
+
+
+class _Candidates:
+    """The candidates of one profile and global batch, each found when it is first asked for and then kept."""
+
+    def __init__(self, profile: Profile, global_batch_size: int) -> None:
+        self._profile = profile
+        self._global_batch_size = global_batch_size
+        self._found: dict[tuple[_Way, bool], _Candidate] = {}
+
+    def ways(
+        self,
+        distributions: Sequence[Distribution],
+        precisions: Sequence[PrecisionProfile],
+        chunked: bool = True,
+    ) -> tuple[_Way, ...]:
+        """All that there are for these distributions and precisions; ``chunked``: the loss in chunks as well."""
+        return tuple(
+            (distribution, measured.precision, loss_chunks, b)
+            for distribution in distributions
+            for measured in precisions
+            for loss_chunks in (_loss_chunks(measured, distribution) if chunked else (None,))
+            for b in _micro_batch_sizes(self._profile, self._global_batch_size, distribution.world_size)
+        )
+
+    def at(self, way: _Way, *, deeper: bool = False) -> _Candidate:
+        """The candidate; ``deeper``: with segments inside segments."""
+        if (way, deeper) not in self._found:
+            if deeper:
+                self._found[way, deeper] = _deeper(self._profile, self.at(way))
+            else:
+                distribution, precision, loss_chunks, b = way
+                (measured,) = _precisions(self._profile, (precision,), distribution.world_size)
+                k = self._global_batch_size // (b * distribution.world_size)
+                self._found[way, deeper] = _candidate(
+                    self._profile, measured, loss_chunks, b, k, distribution
+                )
+        return self._found[way, deeper]
+
+
 class Space:
-    """Every candidate with its frontier, and on what terms plans are compared."""
+    """Every candidate with its frontier, and on what terms plans are compared.
+
+    Where no placement fits, segments inside segments are considered as well, unless ``deeper`` is False.
+    """
 
     def __init__(
         self, profile: Profile, global_batch_size: int, world_size: int, memory_budget_bytes: int | None,
-        weights: Weights, candidates: tuple[_Candidate, ...], terms: _Terms, baselines: Baselines,
+        weights: Weights, candidates: _Candidates, ways: tuple[_Way, ...], terms: _Terms, baselines: Baselines,
+        *, deeper: bool = True,
     ) -> None:  # fmt: skip
         self.profile = profile
         self.global_batch_size = global_batch_size
@@ -234,11 +276,14 @@ class Space:
         self.weights = weights
         self.baselines = baselines
         self._terms = terms
-        self._rows = self._rows_of(candidates)
-        if not any(map(self._fits, self._rows)):
-            candidates = tuple(_deeper(profile, candidate) for candidate in candidates)
-            self._rows += self._rows_of(candidates)
-        self._candidates = {candidate.knobs: candidate for candidate in candidates}
+        self._shared = candidates
+        self._ways = ways
+        found = [candidates.at(way) for way in ways]
+        self._rows = self._rows_of(found)
+        if deeper and not any(map(self._fits, self._rows)):
+            found = [candidates.at(way, deeper=True) for way in ways]
+            self._rows += self._rows_of(found)
+        self._candidates = {candidate.knobs: candidate for candidate in found}
 
     def _rows_of(self, candidates: Sequence[_Candidate]) -> list[Row]:
         reference = self.baselines.plain.prediction
@@ -257,11 +302,10 @@ class Space:
     def plan(self) -> Plan:
         """The one that costs least. Raises NoFeasiblePlan when none fits."""
         profile, rows, weights = self.profile, self._rows, self.weights
-        feasible = [row for row in rows if self._fits(row)]
-        if not feasible:
-            tightest = min(rows, key=lambda row: (self._terms.needed(row[3], row[4].loss_chunks), row[2]))
-            raise _infeasible(profile, tightest, self._terms, self.memory_budget_bytes)
-        lower_bound, _, _, _, best, index, _ = min(feasible, key=lambda row: row[:4])
+        row = self._cheapest()
+        if row is None:
+            raise _infeasible(profile, self._tightest(), self._terms, self.memory_budget_bytes)
+        lower_bound, _, _, _, best, index, _ = row
         choice = _choice(profile, best, index, self._terms)
         value = self.cost(choice.prediction)
         proven = abs(value - lower_bound) <= ROUNDING * value
@@ -294,7 +338,46 @@ class Space:
             noise_scale=profile.noise_scale,
             course=course_of(profile, best.measured, choice, best.distribution),
             stages=stages_of(profile, best.measured, choice, best.distribution),
+            asked=self.asked,
         )
+
+    def _cheapest(self) -> Row | None:
+        """The row that costs least of those that fit."""
+        return min((row for row in self._rows if self._fits(row)), key=lambda row: row[:4], default=None)
+
+    def _tightest(self) -> Row:
+        return min(self._rows, key=lambda row: (self._terms.needed(row[3], row[4].loss_chunks), row[2]))
+
+    def best(self) -> Choice:
+        """What ``plan`` chooses; where nothing fits, what needs least."""
+        row = self._cheapest() or self._tightest()
+        return _choice(self.profile, row[4], row[5], self._terms)
+
+    @property
+    def asked(self) -> Asked:
+        """What there was to choose from."""
+        return Asked(
+            precisions=tuple(dict.fromkeys(precision for _, precision, _, _ in self._ways)),
+            zero_stages=tuple(dict.fromkeys(distribution.zero_stage for distribution, *_ in self._ways)),
+            link=self._ways[0][0].link,
+        )
+
+    def otherwise(
+        self, memory_budget_bytes: int | None, world_size: int, asked: Asked, *, chunked: bool, deeper: bool
+    ) -> Space:
+        """The space of another question about the same global batch, with the costs of its plans on this one's scale.
+
+        What both have in common is not searched again. ``chunked``: the loss may run in chunks; ``deeper``: segments
+        may lie inside segments where nothing else fits. Raises ValueError as ``optimize`` does.
+        """
+        profile = self.profile
+        distributions = _distributions(profile, world_size, asked.zero_stages, asked.link)
+        terms = _Terms.of(profile, memory_budget_bytes, self._terms.calibration, world_size)
+        ways = self._shared.ways(distributions, _precisions(profile, asked.precisions, world_size), chunked)
+        return Space(
+            profile, self.global_batch_size, world_size, memory_budget_bytes, self.weights, self._shared, ways,
+            terms, self.baselines, deeper=deeper,
+        )  # fmt: skip
 
     def cost(self, cost: Cost) -> float:
         """C, predicted or measured, relative to the plain plan's prediction."""

@@ -86,5 +86,10 @@ def _open_journal(url: str) -> JournalStorage:
         ) from error
 
 
+def where(url: str) -> str:
+    """A storage's URL as it may be shown."""
+    return url if url.startswith(_JOURNAL) else _without_password(url)
+
+
 def _without_password(url: str) -> str:
     return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)

@@ -28,19 +28,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.trial import TrialState
 
 from planner.explain import budget_for, checkpoint_text, chosen
 from planner.plan import Choice, Plan
-from planner.storage import open_storage
+from planner.storage import open_storage, opened, where
+from profiler import records
 from profiler.profile_record import PRECISIONS
 
 METRICS = ("step_seconds", "peak_memory_bytes")
 PRIORS = ("sqrt", "every_block", "plain", "chosen")
 PLAN_SHA256 = "plan_sha256"
 """The user attribute of a study that says whose search it holds."""
+
+NAMED = 12
+"""How many studies are named to who asks for one that is not there, the newest."""
+
+PLAN = "plan"
+"""That with the plan itself, as its file has it. The dashboard shows the beginning of it."""
 
 
 def record(plan: Plan, storage_url: str, study_name: str | None = None) -> str:
@@ -74,6 +82,37 @@ def record(plan: Plan, storage_url: str, study_name: str | None = None) -> str:
             ]
         )
     return name
+
+
+def keep_plan(study: optuna.Study, plan: Plan) -> None:
+    """Make the plan the study's own, in the place of an earlier one."""
+    study.set_user_attr(PLAN, msgspec.to_builtins(plan))
+
+
+def replace_plan(plan: Plan, storage_url: str, study_name: str) -> None:
+    """The same for a study of this name."""
+    with quiet(), opened(storage_url) as storage:
+        keep_plan(optuna.load_study(study_name=study_name, storage=storage), plan)
+
+
+def plan_of(study_name: str, storage_url: str) -> Plan:
+    """The plan of a study. ValueError where there is no such study, or where it holds none."""
+    with quiet(), opened(storage_url) as storage:
+        names = optuna.get_all_study_names(storage)
+        if study_name not in names:
+            more = f" and {len(names) - NAMED} older ones" if len(names) > NAMED else ""
+            there = f"the studies {', '.join(names[-NAMED:])}{more}" if names else "no study"
+            raise ValueError(
+                f"{study_name} is neither a plan file nor a study: there is no such file, and {where(storage_url)} "
+                f"holds {there}. Give a plan file, the name of a study, or its storage with --storage."
+            )
+        held = optuna.load_study(study_name=study_name, storage=storage).user_attrs.get(PLAN)
+    if held is None:
+        raise ValueError(
+            f"The study {study_name} holds no plan: an older version wrote it, or something else. Give the plan file, "
+            "or make the study again with planner optimize."
+        )
+    return records.decode(msgspec.json.encode(held), Plan, source=f"the plan in the study {study_name}")
 
 
 def default_name(plan: Plan) -> str:
@@ -162,6 +201,8 @@ def _claim(study: optuna.Study, plan: Plan, storage_url: str) -> None:
     """Make the study this plan's own. ValueError when it is another's."""
     owner = study.user_attrs.get(PLAN_SHA256)
     if owner == plan.sha256:
+        if PLAN not in study.user_attrs:
+            keep_plan(study, plan)
         return
     if owner is not None or study.get_trials(deepcopy=False):
         held = "other trials" if owner is None else f"that of plan {owner[:8]}"
@@ -175,6 +216,7 @@ def _claim(study: optuna.Study, plan: Plan, storage_url: str) -> None:
     study.set_user_attr("global_batch_size", plan.global_batch_size)
     study.set_user_attr("memory_budget_bytes", plan.memory_budget_bytes)
     study.set_user_attr("profile_sha256", plan.profile_sha256)
+    keep_plan(study, plan)
     study.set_user_attr(PLAN_SHA256, plan.sha256)
 
 

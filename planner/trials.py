@@ -40,7 +40,7 @@ from planner.outcome import RAN, Outcome, TrialResult
 from planner.plan import Choice, Cost, Plan, TrialsSummary
 from planner.search import Knobs, Space
 from planner.storage import opened
-from planner.study import quiet, slug_of
+from planner.study import PLAN, keep_plan, quiet, slug_of
 from planner.trial_process import STARTING_SECONDS, Ended, TrialTerms, is_alive, myself, run_in_process
 from profiler import records
 
@@ -109,13 +109,17 @@ def run_trials(
             study_name=name, storage=storage, load_if_exists=True, sampler=_sampler(terms)
         )
         _claim(study, space)
+        if PLAN not in study.user_attrs:
+            keep_plan(study, plan)
         _take_back_the_dead(study, terms, progress)
         _enqueue_priors(study, space, plan)
         worker = _Worker(study, space, terms, run or run_in_process, progress)
         with _stopping_on_sigterm():
             worker.work()
         tried = _tried(study)
-    return _best(space, plan, tried, name), tried
+        best = _best(space, plan, tried, name)
+        keep_plan(study, best)
+    return best, tried
 
 
 def trials_of(storage_url: str, study_name: str) -> list[Tried] | None:

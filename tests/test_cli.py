@@ -191,6 +191,33 @@ def test_an_explanation_names_what_binds_and_the_tightest_budget(planner: Run, g
     assert f"({document['tightest']['budget_bytes']} bytes)" in said
 
 
+def test_an_explanation_tells_what_would_change_the_plan(planner: Run, gpt2_plan: Path) -> None:
+    document = json.loads(planner("explain", gpt2_plan, "--json").stdout)
+    told = {each["change"]: each for each in document["what_ifs"]}
+    assert told["256 MiB less"]["feasible"] is False
+    assert told["fp16 as well"]["reason"] == "not profiled: planner profile --precision fp32,bf16,fp16"
+    more = told["256 MiB more"]
+    said = planner("explain", gpt2_plan).stdout
+    (line,) = (line for line in said.splitlines() if line.startswith("256 MiB more"))
+    assert f"{more['plan']['relative_step_seconds']:+.1%}" in line
+    assert f"{more['plan']['cost']:.3f}" in line
+    assert "bf16, 2 x 4" in line
+    assert max(map(len, said.splitlines())) <= 100
+    again = planner("explain", gpt2_plan, "--profile", GPT2, "--json").stdout
+    assert json.loads(again)["what_ifs"] == document["what_ifs"]
+
+
+def test_a_plan_that_was_not_asked_about_is_with_its_profile(
+    planner: Run, gpt2_plan: Path, tmp_path: Path, profiled: tuple[Path, str]
+) -> None:
+    plan = msgspec.structs.replace(load_plan(gpt2_plan), what_ifs=None)
+    plan.save(tmp_path / "bare.plan.json")
+    assert "give the profile it was made from with --profile" in planner("explain", "bare.plan.json").stdout
+    assert "256 MiB more" in planner("explain", "bare.plan.json", "--profile", GPT2).stdout
+    line = refusal(planner("explain", "bare.plan.json", "--profile", profiled[0]), 4)
+    assert "The plan was made from profile" in line
+
+
 def test_the_tightest_budget_that_is_named_can_be_typed(planner: Run, gpt2_plan: Path) -> None:
     tightest = json.loads(planner("explain", gpt2_plan, "--json").stdout)["tightest"]["budget_bytes"]
     done = planner(
@@ -296,6 +323,9 @@ def test_an_impossible_budget_exits_3_and_names_the_tightest_plan(planner: Run, 
     assert "No plan fits 1.000 GiB: the tightest needs 2." in line
     assert "Raise --memory-budget" in line
     assert list(tmp_path.iterdir()) == []
+    named = line.rpartition("A plan fits with --memory-budget ")[2].rstrip(".\n")
+    words = ("--global-batch-size", 8, "--memory-budget", named, "--storage", "none")
+    assert planner("optimize", GPT2, *words).returncode == 0
 
 
 def damaged(plan: str) -> dict[str, tuple[str, str]]:

@@ -33,10 +33,13 @@ from planner.drawing import (
     text_width,
     unit_for,
 )
-from planner.explain import budget_for, explain
-from planner.plan import Cost, Course, Plan, Stage, Weights, Window, load_plan
+from planner.explain import answers, budget_for, explain, outcome_text
+from planner.plan import Cost, Course, Plan, Stage, Weights, WhatIf, Window, load_plan
 from planner.report import missing, page
-from planner.search import optimize
+from planner.search import optimize, space
+from planner.study import record
+from planner.what_if import what_ifs
+from planner.words import of_bytes, of_seconds
 from profiler import records
 from profiler.profile_record import Profile
 from tests import plans
@@ -237,8 +240,13 @@ def test_names_of_the_users_are_text_and_not_markup(gpt2_plan: Plan) -> None:
     evil = "</title><script>alert(1)</script>"
     stages = tuple(msgspec.structs.replace(stage, name=evil + stage.name) for stage in gpt2_plan.stages or ())
     checkpoint = (segment(stages[3].name, stages[5].name),)
+    other = msgspec.structs.replace(gpt2_plan.front[0], fits=True, checkpoint=(segment(evil),))
+    what_if = WhatIf(
+        knob="precision", change=evil, memory_budget_bytes=None, world_size=1, choice=other, reason=None
+    )
+    unknown = msgspec.structs.replace(what_if, choice=None, reason=evil)
     made = msgspec.structs.replace(
-        gpt2_plan, model=evil, stages=stages, checkpoint=checkpoint,
+        gpt2_plan, model=evil, stages=stages, checkpoint=checkpoint, what_ifs=(what_if, unknown),
         prediction=msgspec.structs.replace(gpt2_plan.prediction, peak_at=f"backward of {evil}"),
         device=msgspec.structs.replace(gpt2_plan.device, name=evil),
     )  # fmt: skip
@@ -542,6 +550,42 @@ def test_without_trials_there_is_no_place_for_them() -> None:
     assert "Predicted against measured" not in texts(page(plans.plan()))
 
 
+# What would change it
+
+
+@pytest.fixture(scope="module")
+def asked_plan(gpt2: Profile) -> Plan:
+    """A plan with what other questions would have found."""
+    searched = space(gpt2, 8, 2400 * MIB)
+    return msgspec.structs.replace(searched.plan(), what_ifs=what_ifs(searched, searched.plan()))
+
+
+def test_each_answer_is_a_row_and_what_cannot_be_told_is_below(asked_plan: Plan) -> None:
+    html = page(asked_plan)
+    said = texts(html)
+    more, less, *_ = answers(asked_plan) or ()
+    start = said.index("256 MiB more")
+    assert more.plan is not None
+    assert said[start : start + 7] == [
+        "256 MiB more", of_seconds(more.plan.step_seconds), f"{more.plan.relative_step_seconds:+.1%}",
+        of_bytes(more.plan.peak_memory_bytes), f"{more.plan.cost:.3f}", of_seconds(more.seconds_per_gib or 0),
+        outcome_text(more),
+    ]  # fmt: skip
+    assert not less.feasible
+    assert said[start + 7 : start + 9] == ["256 MiB less", "nothing fits: the tightest needs 2.29 GiB"]
+    below = said.index("What nobody can tell from the profile:")
+    assert said[below + 1 : below + 3] == [
+        "fp16 as well", "not profiled: planner profile --precision fp32,bf16,fp16",
+    ]  # fmt: skip
+    placed = [a["title"] for tag, a in read(html).found if tag == "span" and "title" in a]
+    assert more.plan.checkpoint in placed
+
+
+def test_where_nobody_asked_there_is_no_place_for_answers(gpt2_plan: Plan) -> None:
+    assert gpt2_plan.what_ifs is None
+    assert "What would change it" not in texts(page(gpt2_plan))
+
+
 # Drawing
 
 
@@ -640,6 +684,30 @@ def test_a_profile_given_for_a_plan_is_refused(tmp_path: Path) -> None:
     assert "it is a profile. Give a plan." in line
 
 
+def test_a_study_is_reported_by_its_name(asked_plan: Plan, tmp_path: Path) -> None:
+    storage = f"journal:{tmp_path / 's.journal'}"
+    record(asked_plan, storage, "mine")
+    done = run_in(tmp_path, "report", "mine", "--storage", storage, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == {
+        "plan_sha256": asked_plan.sha256, "report": "mine.report.html", "missing": [],
+    }  # fmt: skip
+    assert (tmp_path / "mine.report.html").read_text(encoding="utf-8") == page(asked_plan)
+
+
+def test_a_name_that_is_neither_file_nor_study_is_answered_with_the_studies_there_are(
+    gpt2_plan: Plan, tmp_path: Path
+) -> None:
+    storage = f"journal:{tmp_path / 's.journal'}"
+    record(gpt2_plan, storage, "mine")
+    line = refusal(run_in(tmp_path, "report", "yours", "--storage", storage), 2)
+    assert line == (
+        f"planner: yours is neither a plan file nor a study: there is no such file, and {storage} holds the studies "
+        "mine. Give a plan file, the name of a study, or its storage with --storage.\n"
+    )
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".html"] == []
+
+
 # In the browser
 
 
@@ -688,6 +756,23 @@ def test_pointing_at_a_plan_shows_it_and_the_page_neither_complains_nor_scrolls_
     assert title.get_attribute("textContent") == before
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("width", [1100, 400])
+def test_answers_have_room_at_every_width(
+    browser: webdriver.Chrome, asked_plan: Plan, tmp_path: Path, width: int
+) -> None:
+    path = tmp_path / "asked.html"
+    path.write_text(page(asked_plan), encoding="utf-8")
+    show(browser, path, width)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    rows = browser.find_elements(By.CSS_SELECTOR, ".row.answer:not(.head)")
+    assert len(rows) == sum(each.plan is not None for each in answers(asked_plan) or ())
+    for row in rows:
+        cells = [cell.rect for cell in row.find_elements(By.TAG_NAME, "span") if cell.text]
+        inside = row.rect["x"] + row.rect["width"] + 1
+        assert all(cell["x"] + cell["width"] <= inside for cell in cells)
+        assert len({round(cell["x"]) for cell in cells}) > 1 or len(cells) == 2
 
 
 def test_the_keyboard_goes_from_plan_to_plan(

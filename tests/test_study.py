@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import optuna
 import pytest
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from planner.storage import open_storage
-from planner.study import PLAN_SHA256, default_name, record
+from planner.study import PLAN, PLAN_SHA256, default_name, plan_of, record, replace_plan
 from tests.plans import plan
 
 
@@ -99,6 +100,46 @@ def test_what_an_interrupted_recording_left_out_is_added(storage_url: str) -> No
     placements = [trial.params["placement"] for trial in trials if trial.state is TrialState.COMPLETE]
     assert sorted(placements) == sorted(["sqrt", "every_block", "plain", "chosen"] + ["front"] * 4)
     assert len(trials) == 8
+
+
+def test_a_study_holds_its_plan(storage_url: str) -> None:
+    name = record(plan(), storage_url)
+    assert plan_of(name, storage_url) == plan()
+    later = msgspec.structs.replace(plan(), what_ifs=())
+    replace_plan(later, storage_url, name)
+    assert plan_of(name, storage_url) == later
+
+
+def test_a_study_of_an_older_version_gets_its_plan_when_it_is_recorded_again(storage_url: str) -> None:
+    study = optuna.create_study(
+        study_name="mine", storage=open_storage(storage_url), directions=["minimize"] * 2
+    )
+    study.set_user_attr(PLAN_SHA256, plan().sha256)
+    with pytest.raises(ValueError, match=r"^The study mine holds no plan: an older version wrote it"):
+        plan_of("mine", storage_url)
+    record(plan(), storage_url, "mine")
+    assert plan_of("mine", storage_url) == plan()
+
+
+def test_a_study_that_is_not_there_is_answered_with_those_there_are(storage_url: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"^nope is neither a plan file nor a study: .* holds no study\. Give"
+    ):
+        plan_of("nope", storage_url)
+    for number in range(14):
+        optuna.create_study(study_name=f"s{number}", storage=open_storage(storage_url))
+    newest = ", ".join(f"s{number}" for number in range(2, 14))
+    with pytest.raises(ValueError, match=rf"holds the studies {newest} and 2 older ones\. Give a plan file"):
+        plan_of("nope", storage_url)
+
+
+def test_the_dashboard_shows_the_beginning_of_a_plan_and_no_more(storage_url: str) -> None:
+    from optuna_dashboard._serializer import serialize_attrs
+
+    shown = serialize_attrs(load(storage_url, record(plan(), storage_url)).user_attrs)
+    assert max(len(each["value"]) for each in shown) <= 1024
+    (held,) = (each["value"] for each in shown if each["key"] == PLAN)
+    assert held.startswith('{"kind": "plan"')
 
 
 def test_another_budget_has_a_name_of_its_own(storage_url: str) -> None:

@@ -27,6 +27,7 @@ from planner.outcome import Outcome, TrialResult
 from planner.plan import Choice, Cost, Plan, Weights
 from planner.search import Knobs, Space, space
 from planner.storage import open_storage, opened
+from planner.study import plan_of
 from planner.trial_process import Ended, TrialTerms, run_in_process
 from planner.trials import WORTH_CHANGING, run_trials
 from profiler import energy, records
@@ -437,6 +438,30 @@ def test_the_report_shows_what_trials_measured(
     assert "-20.0%" in page.read_text().replace("\u2212", "-")
     assert main(["report", str(file), "--storage", f"journal:{tmp_path / 'other'}", "-o", str(page)]) == 0
     assert "give it with --storage" in capsys.readouterr().out
+
+
+def test_a_study_of_trials_is_reported_by_its_name(
+    plans: Space, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, _ = run_trials(plans, TrialTerms(trials=2), url, "mine", run=Machine(slower=lambda choice: 1.25))
+    assert plan.trials is not None
+    assert plan_of("mine", url) == plan
+    page = tmp_path / "page.html"
+    assert main(["report", "mine", "--storage", url, "-o", str(page)]) == 0
+    assert "missing" not in capsys.readouterr().out
+    assert "-20.0%" in page.read_text()
+
+
+def test_a_study_holds_the_models_plan_while_its_trials_run(plans: Space, url: str) -> None:
+    held = []
+
+    class Watching(Machine):
+        def __call__(self, plan: Plan, terms: TrialTerms) -> Ended:
+            held.append(plan_of("mine", url))
+            return super().__call__(plan, terms)
+
+    run_trials(plans, TrialTerms(trials=1), url, "mine", run=Watching())
+    assert held == [plans.plan()]
 
 
 @pytest.mark.parametrize(

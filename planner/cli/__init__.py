@@ -93,10 +93,11 @@ def _outcome(error: Exception) -> int | None:
     """The exit code of an error of ours; None for a bug."""
     from planner.plan import NoFeasiblePlan
     from planner.search import PrecisionNotProfiled
+    from planner.what_if import OtherProfile
 
     if isinstance(error, NoFeasiblePlan):
         return 3
-    mismatches: tuple[type[Exception], ...] = (PrecisionNotProfiled,)
+    mismatches: tuple[type[Exception], ...] = (PrecisionNotProfiled, OtherProfile)
     if "executor.errors" in sys.modules:
         from executor.errors import PlanDoesNotFit
 

@@ -1,6 +1,7 @@
-"""Say what binds a plan, why others lose, and what another budget would give.
+"""Say what binds a plan, why others lose, and what would change it.
 
-Everything is read from the plan file: no model, no device.
+Everything is read from the plan file: no model, no device. What other questions would have found is in the files of
+``planner optimize``; for a plan that was made in Python it is searched for in its profile.
 """
 
 from __future__ import annotations
@@ -12,11 +13,19 @@ from typing import TYPE_CHECKING
 from planner.cli import target
 
 if TYPE_CHECKING:
-    from planner.explain import Alternative, Explanation
+    from collections.abc import Sequence
+
+    from planner.explain import Alternative, Answer, Explanation
+    from planner.plan import Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", metavar="PLAN", help="a file made by planner optimize")
+    parser.add_argument(
+        "--profile",
+        metavar="FILE",
+        help="the profile it was made from, to ask again what would change it (default: as in the plan)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,12 +33,54 @@ def run(args: argparse.Namespace) -> int:
     from planner.plan import load_plan
     from profiler import records
 
-    why = explain(load_plan(args.plan))
+    plan = load_plan(args.plan)
+    why = explain(plan if args.profile is None else _asked_again(plan, args.profile))
     if args.json:
         sys.stdout.write(records.encode(why).decode())
     else:
         show(why)
     return 0
+
+
+def _asked_again(plan: Plan, path: str) -> Plan:
+    """The plan with what other questions find in this profile by what is known of its device today."""
+    import msgspec
+
+    from planner import calibration
+    from planner.what_if import what_ifs_of
+    from profiler import records
+    from profiler.profile_record import Profile
+
+    profile = records.read(path, Profile)
+    found = what_ifs_of(plan, profile, calibration.load(plan.device))
+    return msgspec.structs.replace(plan, what_ifs=found)
+
+
+def show_answers(answers: Sequence[Answer]) -> None:
+    """What changing one thing of the question would buy, a line for each."""
+    from planner.cli.output import change, console, facts, heading, of_bytes, of_seconds, table
+    from planner.explain import outcome_text
+
+    out = console()
+    numbers = ("step time", "", "peak", "cost", "per GiB")
+    rows = table("with", *numbers, "the plan would be", right=numbers)
+    for each in answers:
+        other, rate = each.plan, each.seconds_per_gib
+        if other is None:
+            continue
+        told = ("",) * len(numbers)
+        if each.feasible:
+            told = (
+                of_seconds(other.step_seconds), change(other.relative_step_seconds),
+                of_bytes(other.peak_memory_bytes), f"{other.cost:.3f}", "" if rate is None else of_seconds(rate),
+            )  # fmt: skip
+        rows.add_row(each.change, *told, outcome_text(each))
+    out.print(rows)
+    unknown = [(each.change, outcome_text(each)) for each in answers if each.plan is None]
+    if unknown:
+        out.print()
+        out.print(heading("What nobody can tell from the profile"))
+        out.print(facts(unknown))
 
 
 def show(why: Explanation) -> None:
@@ -85,6 +136,12 @@ def show(why: Explanation) -> None:
         lines.append(("next faster", _at_budget(why.next_faster, why)))
     lines.append(("no limit", _at_budget(why.without_limit, why)))
     out.print(facts(lines))
+    out.print()
+    out.print(heading("What would change it"))
+    if why.what_ifs is None:
+        out.print("Not in the plan file: give the profile it was made from with --profile.")
+    else:
+        show_answers(why.what_ifs)
     if why.convergence is not None:
         out.print()
         target.show(why.convergence)

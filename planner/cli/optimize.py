@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from planner.plan import Plan
+    from planner.search import Space
     from planner.trials import Tried
-    from profiler.profile_record import Profile
 
 FRONT_ROWS = 8
 """How many plans of the front are shown."""
@@ -96,8 +96,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import msgspec
+
     from planner import calibration
     from planner.plan import Weights
+    from planner.what_if import what_ifs
     from profiler import records
     from profiler.profile_record import Profile
 
@@ -110,18 +113,22 @@ def run(args: argparse.Namespace) -> int:
         "zero_stages": args.zero_stage,
         "calibration": calibration.load(profile.device),
     }
-    plan = target.search(args)(profile, **asked)
+    plan, plans = target.search(args, profile, asked)
     tried: list[Tried] = []
     if args.trials:
-        plan, tried = _run_trials(args, profile, plan, asked)
-    plan = run_cost.priced(plan, args)
+        plan, tried = _run_trials(args, plans, plan)
+    plan = run_cost.priced(msgspec.structs.replace(plan, what_ifs=what_ifs(plans, plan)), args)
     path: Path = args.output or Path(f"{_stem(args.profile)}.plan.json")
     study = None if plan.trials is None else plan.trials.study
-    if args.storage != "none" and not args.trials:
+    if args.storage != "none":
         from planner.storage import default_storage_url
-        from planner.study import record
+        from planner.study import record, replace_plan
 
-        study = record(plan, args.storage or default_storage_url(), args.study_name)
+        url = args.storage or default_storage_url()
+        if study is None:
+            study = record(plan, url, args.study_name)
+        else:
+            replace_plan(plan, url, study)
     plan.save(path)
     if args.json:
         sys.stdout.write(records.encode(plan).decode())
@@ -130,16 +137,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_trials(
-    args: argparse.Namespace, profile: Profile, best: Plan, asked: dict[str, Any]
-) -> tuple[Plan, list[Tried]]:
+def _run_trials(args: argparse.Namespace, plans: Space, best: Plan) -> tuple[Plan, list[Tried]]:
     """The best plan of that plan's global batch by real trials; what they teach about the device is kept."""
     import msgspec
 
     from executor.verification import device_of
     from planner import calibration
     from planner.cli.output import progress
-    from planner.search import space
     from planner.storage import default_storage_url
     from planner.trial_process import TrialTerms
     from planner.trials import run_trials
@@ -154,7 +158,6 @@ def _run_trials(
         seed=args.seed,
         sampler=args.sampler,
     )
-    plans = space(profile, best.global_batch_size, **asked | {"weights": best.objective.weights})
     storage = args.storage or default_storage_url()
     with progress() as tell:
         plan, tried = run_trials(plans, terms, storage, args.study_name, progress=tell)

@@ -1,7 +1,8 @@
 """Draw a plan on one page: what memory buys, memory and time of a step, what becomes of each stage.
 
 The page is one HTML file that needs no network, to open in a browser, to print or to send. Everything is read from
-the plan file, and from the study of its trials where it had any: no model, no device.
+the plan file, or from a study, which holds its plan; and from the study of its trials where it had any: no model, no
+device.
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ TRIALS = "what its trials measured"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("plan", metavar="PLAN", help="a file made by planner optimize")
+    parser.add_argument(
+        "plan", metavar="PLAN|STUDY", help="a file made by planner optimize, or the study of that name"
+    )
     parser.add_argument(
         "-o",
         metavar="FILE",
         dest="output",
         type=arguments.output_file,
-        help="default: PLAN's name, .report.html",
+        help="default: PLAN's or STUDY's name, .report.html",
     )
     parser.add_argument(
-        "--storage", metavar="URL", help="where the study of its trials is (default: the user's)"
+        "--storage", metavar="URL", help="where the study is, its own or of its trials (default: the user's)"
     )
 
 
@@ -40,9 +43,17 @@ def run(args: argparse.Namespace) -> int:
     from planner.report import missing, page
     from profiler import records
 
-    plan = load_plan(args.plan)
     path: Path = args.output or Path(f"{_stem(args.plan)}.report.html")
-    trials = _trials(plan, args.storage)
+    if Path(args.plan).exists():
+        plan = load_plan(args.plan)
+        trials = _trials_of_plan(plan, args.storage)
+    else:
+        from planner.storage import default_storage_url
+        from planner.study import plan_of
+
+        url = args.storage or default_storage_url()
+        plan = plan_of(args.plan, url)
+        trials = _trials(url, args.plan)
     lacking = missing(plan) if trials is not None else (*missing(plan), TRIALS)
     drawn = page(plan, trials or ()).encode()
     try:
@@ -56,14 +67,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _trials(plan: Plan, storage: str | None) -> list[Trial] | None:
+def _trials_of_plan(plan: Plan, storage: str | None) -> list[Trial] | None:
     """The plan's trials that were measured; None where it had some and the storage does not know them."""
     if plan.trials is None:
         return []
     from planner.storage import default_storage_url
+
+    return _trials(storage or default_storage_url(), plan.trials.study)
+
+
+def _trials(storage_url: str, study: str) -> list[Trial] | None:
+    """The trials of a study that were measured; None where the storage does not know it."""
     from planner.trials import description, trials_of
 
-    tried = trials_of(storage or default_storage_url(), plan.trials.study)
+    tried = trials_of(storage_url, study)
     if tried is None:
         return None
     return [

@@ -6,14 +6,14 @@ The flags of ``planner optimize`` for it, and how the answer is shown.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from planner.cli import arguments
 
 if TYPE_CHECKING:
     from planner.plan import Convergence, Plan
+    from planner.search import Space
+    from profiler.profile_record import Profile
 
 ONLY_WITH_RANGE = ("reference_batch", "reference_steps", "noise_scale_samples")
 
@@ -46,14 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def search(args: argparse.Namespace) -> Callable[..., Plan]:
-    """What finds the plan: ``optimize`` or ``optimize_to_target``, with the global batch already given.
+def search(args: argparse.Namespace, profile: Profile, asked: dict[str, Any]) -> tuple[Plan, Space]:
+    """The plan, for the global batch that was given or for the one that reaches a target first, and its space.
 
-    Raises ValueError for flags that contradict each other or lack others.
+    Raises ValueError for flags that contradict each other or lack others. Where nothing fits a global batch that was
+    given, what raises says what would.
     """
-    from planner.plan import Reference
-    from planner.search import optimize
+    from planner.plan import NoFeasiblePlan, Reference
+    from planner.search import space
     from planner.target import optimize_to_target
+    from planner.what_if import ways_out, ways_out_text
 
     given = [name for name in ONLY_WITH_RANGE if getattr(args, name) is not None]
     if args.global_batch_range is None:
@@ -62,7 +64,11 @@ def search(args: argparse.Namespace) -> Callable[..., Plan]:
                 f"{_flag(given[0])} serves to choose the global batch, and --global-batch-size "
                 f"{args.global_batch_size} gives it. Leave it out, or give --global-batch-range LOW:HIGH instead."
             )
-        return partial(optimize, global_batch_size=args.global_batch_size)
+        searched = space(profile, args.global_batch_size, **asked)
+        try:
+            return searched.plan(), searched
+        except NoFeasiblePlan as none:
+            raise NoFeasiblePlan(f"{none} {ways_out_text(ways_out(searched))}", none.tightest) from none
     missing = [name for name in ONLY_WITH_RANGE[:2] if name not in given]
     if missing:
         raise ValueError(
@@ -71,12 +77,14 @@ def search(args: argparse.Namespace) -> Callable[..., Plan]:
             "Add what is missing, or give --global-batch-size."
         )
     low, high = args.global_batch_range
-    return partial(
-        optimize_to_target,
-        global_batch_sizes=range(low, high + 1),
-        reference=Reference(global_batch_size=args.reference_batch, steps=args.reference_steps),
+    plan = optimize_to_target(
+        profile,
+        range(low, high + 1),
+        Reference(global_batch_size=args.reference_batch, steps=args.reference_steps),
         noise_scale_samples=args.noise_scale_samples,
+        **asked,
     )
+    return plan, space(profile, plan.global_batch_size, **asked | {"weights": plan.objective.weights})
 
 
 def _flag(name: str) -> str:
