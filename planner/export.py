@@ -300,7 +300,9 @@ def to_torchtitan(plan: Plan) -> Export:
         "torchtitan",
         configuration,
         *notes,
-        None if full else _placement(plan, "before trainer.train, where it is trainer.model_parts[0]", chunks_too=False),
+        None
+        if full
+        else _placement(plan, "before trainer.train, where it is trainer.model_parts[0]", chunks_too=False),
     )
 
 
