@@ -26,8 +26,9 @@ from torch import nn
 from executor.engine import apply_checkpoints
 from executor.errors import PlanDoesNotFit
 from executor.recompute import Checkpoints
+from planner.export import deepspeed_config
 from planner.plan import Plan
-from planner.zero import BUCKET_ELEMENTS, deepspeed_config
+from planner.zero import BUCKET_ELEMENTS
 from profiler.device import keep_freed_memory
 from profiler.step import Loss
 from profiler.timing import to_device

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from executor.auto import auto_checkpoint as auto_checkpoint
+    from planner.export import NotExpressed as NotExpressed
     from planner.plan import NoFeasiblePlan as NoFeasiblePlan
     from planner.plan import Plan as Plan
     from planner.plan import Reference as Reference
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "NoFeasiblePlan": "planner.plan",
+    "NotExpressed": "planner.export",
     "Plan": "planner.plan",
     "RecordError": "profiler.records",
     "Reference": "planner.plan",
@@ -41,6 +43,7 @@ _HOMES = {
 
 __all__ = [
     "NoFeasiblePlan",
+    "NotExpressed",
     "Plan",
     "RecordError",
     "Reference",

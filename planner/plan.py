@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
+from planner import export
 from profiler import records
 from profiler.profile_record import DeviceRecord, Keeping, Link, NoiseScale, Positive, Precision, TimeSource
 from profiler.records import Document, Record
@@ -364,6 +365,26 @@ class Plan(Document, tag="plan"):
         """Write the plan to a file, whole or not at all."""
         records.write(path, self)
         return Path(path)
+
+    def to_deepspeed(self) -> dict[str, Any]:
+        """DeepSpeed's configuration. These five warn (``NotExpressed``) of what an engine's settings cannot say."""
+        return export.to_deepspeed(self).said()
+
+    def to_training_arguments(self) -> dict[str, Any]:
+        """Keyword arguments for transformers' ``TrainingArguments``."""
+        return export.to_transformers(self).said()
+
+    def to_accelerate(self) -> dict[str, Any]:
+        """What a file for ``accelerate launch --config_file`` holds."""
+        return export.to_accelerate(self).said()
+
+    def to_lightning(self) -> dict[str, Any]:
+        """Keyword arguments for Lightning's ``Trainer``."""
+        return export.to_lightning(self).said()
+
+    def to_torchtitan(self) -> dict[str, Any]:
+        """Fields of torchtitan's ``Trainer.Config``, by section."""
+        return export.to_torchtitan(self).said()
 
     @property
     def sha256(self) -> str:

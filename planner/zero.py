@@ -1,4 +1,4 @@
-"""Data parallelism in the stages of ZeRO: what one of N processes holds, and the DeepSpeed configuration that does it.
+"""Data parallelism in the stages of ZeRO: what one of N processes holds.
 
 Every process has the whole model's work for its own micro-batches. What need not be held N times is dealt out (ZeRO,
 Rajbhandari et al. 2020), one thing more with each stage:
@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -76,11 +76,16 @@ class _Shares(NamedTuple):
     optimizer: int
 
 
-def _shares(zero_stage: int, world_size: int) -> _Shares:
+def check(zero_stage: int, world_size: int) -> None:
+    """Raise ValueError for a stage or a number of processes that there is not."""
     if zero_stage not in ZERO_STAGES:
         raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage}.")
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, got {world_size}.")
+
+
+def _shares(zero_stage: int, world_size: int) -> _Shares:
+    check(zero_stage, world_size)
     return _Shares(*(world_size if zero_stage >= first else 1 for first in (3, 2, 1)))
 
 
@@ -103,35 +108,6 @@ def model_state_bytes(
         + gradient_bytes * math.ceil(parameter_count / shares.gradients)
         + optimizer_bytes * math.ceil(parameter_count / shares.optimizer)
     )
-
-
-def deepspeed_config(
-    *, zero_stage: int, world_size: int, micro_batch_size: int, gradient_accumulation_steps: int
-) -> dict[str, Any]:
-    """The DeepSpeed configuration that plans with several processes are predicted for and run with.
-
-    fp32. The optimizer is not in it: it is ours (``profiler.step``), handed to DeepSpeed.
-    """
-    _shares(zero_stage, world_size)
-    return {
-        "train_batch_size": micro_batch_size * gradient_accumulation_steps * world_size,
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-        "gradient_clipping": MAX_GRADIENT_NORM,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": None,
-        "zero_optimization": {
-            "stage": zero_stage,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "allgather_bucket_size": BUCKET_ELEMENTS,
-            "contiguous_gradients": False,
-            "overlap_comm": False,
-            "stage3_prefetch_bucket_size": PREFETCH_ELEMENTS,
-            "stage3_max_reuse_distance": REUSE_ELEMENTS,
-            "stage3_max_live_parameters": REUSE_ELEMENTS,
-            "stage3_param_persistence_threshold": PERSISTENCE_ELEMENTS,
-        },
-    }
 
 
 def sharded(

@@ -19,7 +19,7 @@ from planner.memory import peak_window, timeline
 from planner.nested import PLAIN
 from planner.plan import NoFeasiblePlan, Weights
 from planner.search import optimize
-from planner.zero import ZERO_STAGES, deepspeed_config, model_state_bytes, sharded
+from planner.zero import ZERO_STAGES, model_state_bytes, sharded
 from profiler.chain import discover
 from profiler.memory import MemoryTracer
 from profiler.parameters import parameter_records
@@ -185,11 +185,6 @@ def test_what_cannot_be_predicted_is_refused(change: dict[str, Any], message: st
     }
     with pytest.raises(ValueError, match=message):
         sharded(**arguments | change)
-
-
-def test_the_configuration_makes_the_global_batch() -> None:
-    config = deepspeed_config(zero_stage=2, world_size=4, micro_batch_size=3, gradient_accumulation_steps=5)
-    assert config["train_batch_size"] == 60
 
 
 def test_a_tied_weight_is_one_parameter_of_two_stages() -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``planner profile | optimize | explain | report | verify | train | dashboard | devices``.
+"""The command line: ``planner profile | optimize | explain | export | report | verify | train | dashboard | devices``.
 
 A command parses its flags, calls the library, and prints; it imports what it needs when it runs, so that help
 comes at once. What was asked for goes to stdout, everything else to stderr, and the exit code says how it
@@ -29,9 +29,9 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from planner.cli import dashboard, devices, explain, optimize, profile, report, train, verify
+from planner.cli import dashboard, devices, explain, export, optimize, profile, report, train, verify
 
-COMMANDS = (profile, optimize, explain, report, verify, train, dashboard, devices)
+COMMANDS = (profile, optimize, explain, export, report, verify, train, dashboard, devices)
 OURS = {"planner", "profiler", "executor"}
 
 BROKEN_PIPE = 141

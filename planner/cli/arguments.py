@@ -74,6 +74,15 @@ def optimizer(text: str) -> str:
     return text
 
 
+def target(text: str) -> str:
+    """One of the engines that a plan can be exported to."""
+    from planner.export import EXPORTERS
+
+    if text not in EXPORTERS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(EXPORTERS)}, got {text!r}")
+    return text
+
+
 def zero_stages(text: str) -> tuple[int, ...]:
     """Some of the stages of ZeRO, ``0,1``."""
     return tuple(int(stage) for stage in _some_of(("0", "1", "2", "3"), text))
