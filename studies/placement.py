@@ -61,7 +61,10 @@ BUDGETS = (0.8, 0.65, 0.5)
 COMPILER_BUDGETS = (0.8, 0.5, 0.2, 0.0)
 SAC_BUDGETS = (0.85, 0.7)
 SEQUENTIAL_SEGMENTS = (2, 3, 4, 6, 8)
-ROUNDS = 5
+ROUNDS = 3
+
+VERSIONS_COMPILED = 64
+"""Of a function, for all budgets, each with and without hooks."""
 
 Row = dict[str, Any]
 Applied = contextlib.AbstractContextManager[nn.Module]
@@ -176,12 +179,17 @@ def planned(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
 class Compiled:
     """The model compiled once with a budget of the partitioner; its parameters are the model's own.
 
-    Each budget has a backend of its own: that is what the compiler tells compiled code apart by.
+    Each budget has a backend of its own: that is what the compiler tells compiled code apart by. With more versions of
+    one function than its limit it would run the model as it is, and say so in a warning only.
     """
 
     def __init__(self, model: nn.Module, budget: float) -> None:
+        import torch._dynamo.config as versions
         from torch._dynamo.backends.debugging import aot_eager_decomp_partition
         from torch._functorch import config
+
+        versions.recompile_limit = VERSIONS_COMPILED  # type: ignore[assignment]
+        versions.fail_on_recompile_limit_hit = True  # type: ignore[assignment]
 
         def partitioned(graph: Any, inputs: Any) -> Any:
             with config.patch(activation_memory_budget=budget):
