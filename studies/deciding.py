@@ -155,7 +155,7 @@ def _moved(name: str, blocks: int) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Taken:
-    """The shortest of several times: to decide; then, of the process, to say what would change it or make it fit."""
+    """The shortest of several times: to decide, and then, of the process, to say what would change it."""
 
     wall_seconds: float
     process_seconds: float

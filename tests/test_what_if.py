@@ -177,7 +177,7 @@ def test_a_hopeless_precision_is_told_by_how_much() -> None:
 
 def test_costs_are_on_the_scale_of_the_plan_that_was_chosen() -> None:
     """Over its own plain plan's, where that of two processes has another time and peak."""
-    profile = linked(2)
+    profile = linked(8)
     weights = Weights(time=1.0, memory=1.0)
     _, plan, found = asked(profile, weights=weights)
     choice = found["2 devices"].choice
@@ -284,8 +284,9 @@ def test_in_a_long_chain_nobody_waits_for_segments_inside_segments(gpt2: Profile
 # Where nothing fits
 
 
-def test_where_nothing_fits_the_ways_out_are_those_that_fit() -> None:
-    profile = linked(6)
+@pytest.mark.parametrize(("seed", "precision_fits"), [(6, True), (7, False)])
+def test_where_nothing_fits_the_ways_out_are_those_that_fit(seed: int, precision_fits: bool) -> None:
+    profile = linked(seed)
     needs = [
         asked(profile, precisions=("fp32",), **more)[2]["the least memory"].memory_budget_bytes
         for more in ({}, {"world_size": 2, "zero_stages": EVERY})
@@ -298,6 +299,7 @@ def test_where_nothing_fits_the_ways_out_are_those_that_fit() -> None:
         searched.plan()
     ways = ways_out(searched)
     assert ways[0].memory_budget_bytes == needs[0]
+    assert [way.knob for way in ways[1:]] == ["precision"] * precision_fits + ["devices"]
     for way in ways[1:]:
         assert directly(profile, searched, way) == way.choice
     devices = ways[-1]
