@@ -347,12 +347,12 @@ def test_exporting_imports_no_torch(tmp_path: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     result: Path
 
     def said(self) -> dict[str, Any]:
-        _, err = self.process.communicate(timeout=240)
-        assert self.process.returncode == 0, err[-3000:]
+        code = self.process.wait(timeout=240)
+        assert code == 0, self.result.with_suffix(".log").read_text()[-3000:]
         found: dict[str, Any] = json.loads(self.result.read_text())
         return found
 
@@ -366,8 +366,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Runn
     }
     yield started  # type: ignore[misc]
     for running in started.values():
-        running.process.kill()
-        running.process.communicate()
+        running.process.terminate()  # Launchers pass it on to their workers, which would wait for them otherwise.
+        running.process.wait(timeout=60)
 
 
 def _start(folder: Path, target: Target) -> Running:
@@ -385,10 +385,10 @@ def _start(folder: Path, target: Target) -> Running:
         python += ["-m", "accelerate.commands.launch", "--config_file", str(written)]
         words = [path, result]
     surroundings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    process = subprocess.Popen(
-        [*python, script, *words], cwd=folder, env=os.environ | surroundings,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    with result.with_suffix(".log").open("wb") as log:
+        process = subprocess.Popen(
+            [*python, script, *words], cwd=folder, env=os.environ | surroundings, stdout=log, stderr=log
+        )
     return Running(process=process, result=result)
 
 

@@ -48,7 +48,7 @@ def parsed(configuration: dict[str, Any]) -> dict[str, Any]:
         "steps_per_print": found.steps_per_print,
         "zero_optimization": {
             name: int(value)
-            for name, value in found.zero_config.model_dump().items()
+            for name, value in found.zero_config.model_dump(by_alias=True).items()
             if name in configuration["zero_optimization"]
         },
         "bf16": {"enabled": found.bfloat16_config.enabled},
