@@ -217,7 +217,7 @@ def test_what_else_differs_is_said(target: Target, made: Plan, words: str) -> No
 
 
 @pytest.mark.parametrize("target", EXPORTERS)
-def test_a_plan_that_fp32_on_one_gpu_runs_as_it_is_says_nothing_of_precision_or_processes(
+def test_a_plain_plan_in_fp32_for_one_gpu_says_nothing_of_precision_or_processes(
     target: Target,
 ) -> None:
     gpu = DeviceRecord(kind="cuda", name="NVIDIA H200", memory_bytes=2**37)
@@ -232,6 +232,7 @@ def test_a_plan_that_fp32_on_one_gpu_runs_as_it_is_says_nothing_of_precision_or_
         ({"checkpoint": every_block()[:2]}, False),
         ({"checkpoint": (segment("model.embedding", "model.embedding", "model.layers.0"), *every_block())}, False),
         ({"checkpoint": every_block(mode="selective")}, False),
+        ({"checkpoint": (msgspec.structs.replace(every_block()[0], enter="x"), *every_block()[1:])}, False),
         ({"checkpoint": (segment("model.layers.0.attention", "model.layers.1.mlp", "model.layers.2"),)}, False),
         ({"stages": None}, False),
         ({"loss_chunks": 2}, False),
@@ -250,7 +251,7 @@ def test_transformers_recomputes_by_itself_only_where_the_plan_is_exactly_every_
     assert any("Not in the configuration" in note for note in found.notes) is not every
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.attention#1", "model.layers.0.layer.1"])
+@pytest.mark.parametrize("name", ["model.layers.0#1", "model.layers.0.layer.1"])
 def test_blocks_that_are_called_twice_or_have_two_numbers_are_not_taken_for_an_engines(name: str) -> None:
     stages = (*blocks(), msgspec.structs.replace(blocks()[0], name=name))
     found = exported("transformers", plan(workload=GPT2, stages=stages, checkpoint=every_block()))
