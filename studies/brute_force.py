@@ -6,8 +6,8 @@
 
 Ways take turns, round after round, with steps of the plan between them: a way's time is in terms of the plan's around
 it, so the machine's moods meet all alike, and which ways come to the finals is decided by other steps than those by
-which they are judged. The plan takes part twice, once as the measure and once as a way: how far the two are apart is the
-noise. Peaks are the allocator's, read afterwards with the wall lifted, since reading takes memory too.
+which they are judged. The plan takes part twice, once as the measure and once as a way: how far the two are apart
+is the noise. Peaks are the allocator's, read afterwards with the wall lifted, since reading takes memory too.
 
     python -m studies.brute_force CASE BUDGET_BYTES FOLDER
 """
@@ -33,7 +33,7 @@ from torch import nn
 from executor.trial import is_out_of_memory
 from planner.cost import instead
 from planner.plan import Plan, load_plan
-from planner.search import Knobs, space
+from planner.search import space
 from profiler import records
 from profiler.allocator import measure_step
 from profiler.profile_record import Profile

@@ -37,6 +37,7 @@ import profiler
 from executor.trial import is_out_of_memory
 from planner.cost import memory_error, plain_peak_bytes
 from profiler import records
+from profiler.profile_record import Profile
 from profiler.step import build_optimizer
 from profiler.timing import MICRO_BATCHES_PER_STEP, stepper_for
 from profiler.workload import Workload
@@ -185,25 +186,20 @@ def _none_at_zero(find: Callable[[], int | None]) -> int | None:
 
 
 def with_ours(
-    case: Case, workload: Workload, folder: Path, wall: Wall, budget_bytes: int, *, inside: bool
+    case: Case, workload: Workload, folder: Path, wall: Wall, budget_bytes: int, beforehand: Profile | None
 ) -> int | None:
     """The plan's micro-batch; profile and plan are left in the folder.
 
-    ``inside``: the profile is made behind the wall. A profile runs plain steps, so a first one that runs nothing tells
-    which sizes have plain steps that fit; where none does, it is all there is.
+    ``beforehand``: a profile that ran nothing. With it the measured one is made behind the wall: a profile runs plain
+    steps, and this one tells the sizes whose plain steps fit; where none does, it is all there is.
     """
     sizes: Sequence[int] = case.micro_batch_sizes
-    if inside:
+    if beforehand is not None:
+        sizes, profile = plain_sizes(beforehand, budget_bytes), beforehand
         wall.stand(budget_bytes)
-        profile = profiler.profile(workload, sizes, ("fp32",), "cpu", fake=True)
-        margin = 1 + memory_error(profile)
-        sizes = [
-            size for size in sizes
-            if plain_peak_bytes(profile, "fp32", size, MICRO_BATCHES_PER_STEP) * margin <= budget_bytes
-        ]  # fmt: skip
     if sizes:
         profile = profiler.profile(workload, sizes, ("fp32",), "cpu")
-    wall.stand(budget_bytes)
+    wall.lift()
     try:
         plan = planner.optimize(profile, case.global_batch_size, budget_bytes)
     except planner.NoFeasiblePlan:
@@ -211,6 +207,16 @@ def with_ours(
     records.write(folder / "profile.json", profile)
     plan.save(folder / "plan.json")
     return plan.micro_batch_size
+
+
+def plain_sizes(profile: Profile, budget_bytes: int) -> list[int]:
+    """The sizes that a profile can time within the budget."""
+    return [
+        size
+        for size in profile.micro_batch_sizes
+        if plain_peak_bytes(profile, "fp32", size, MICRO_BATCHES_PER_STEP) * (1 + memory_error(profile))
+        <= budget_bytes
+    ]
 
 
 IMPORTS = {
@@ -226,8 +232,10 @@ def decided(case: Case, tool: str, checkpointing: bool, budget_bytes: int, folde
     """What the tool chose and what it took."""
     importlib.import_module(IMPORTS[tool.partition("-")[0]])
     torch.manual_seed(0)
+    began, beforehand = time.perf_counter(), None
+    if tool == "ours-behind-the-wall":
+        beforehand = profiler.profile(case.build(), case.micro_batch_sizes, ("fp32",), "cpu", fake=True)
     wall, counted = Wall.before_the_model(), Counted()
-    began = time.perf_counter()
     workload = case.build()
     model, found, ended = workload.model, None, None
     applied = every_block(model, case.blocks(model)) if checkpointing else plain(model)
@@ -245,8 +253,7 @@ def decided(case: Case, tool: str, checkpointing: bool, budget_bytes: int, folde
                 case "trainer":
                     found = with_trainer(case, workload, Path(scratch), counted)
                 case "ours" | "ours-behind-the-wall":
-                    inside = tool == "ours-behind-the-wall"
-                    found = with_ours(case, workload, folder, wall, budget_bytes, inside=inside)
+                    found = with_ours(case, workload, folder, wall, budget_bytes, beforehand)
     except (RuntimeError, ValueError) as error:
         ended = f"{type(error).__name__}: {error}"[:300]
         counted.events += is_out_of_memory(error)

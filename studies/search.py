@@ -11,11 +11,11 @@ timed side by side, behind the wall again, with all that brute force tries (stud
 found and that does not divide the global batch is lowered to the next one that does; what it tried without accumulation
 and then does not fit with it counts as one more out-of-memory event, and the next smaller size is taken.
 
-Ours is profiled where there is memory, since a profile serves every budget; ``ours-behind-the-wall`` profiles behind the
-wall too, and so can time only sizes whose plain step fits. Planning itself runs nothing and has no wall.
+Ours is profiled where there is memory, since a profile serves every budget; ``ours-behind-the-wall`` profiles behind
+the wall too, and so can time only sizes whose plain step fits. Planning itself runs nothing and has no wall.
 
-The command fails when the plan runs out of memory, is more than 3% slower than the best of brute force, or slower than a
-tool by more than the noise. Results are kept case by case.
+The command fails when the plan runs out of memory, is more than 3% slower than the best of brute force, or slower than
+a tool by more than the noise. Results are kept case by case.
 
     python -m studies.search                 # all cases
     python -m studies.search --only gpt2     # cases whose name contains this
@@ -58,12 +58,18 @@ Row = dict[str, Any]
 OURS = ("ours", "ours-behind-the-wall")
 RIVALS = ("lightning", "lightning-binsearch", "accelerate", "trainer")
 TOOLS = (*RIVALS, *OURS)
+CONTENDERS = (
+    *((tool, False) for tool in OURS),
+    *((tool, checkpointing) for tool in RIVALS for checkpointing in (False, True)),
+)
+"""Who decides, and whether every block is checkpointed; a plan decides that itself."""
+
 BRUTE_FORCE = "brute force"
 
 PLAIN = "plain"
 EVERY_BLOCK = "every block"
 
-SHARES = {"tight": 0.1, "roomy": 0.4}
+SHARES = {"tight": 0.15, "roomy": 0.45}
 """Budgets: from the tightest plan (0) to the plain step of the whole global batch at once (1)."""
 
 CLOSE = 0.03
@@ -95,7 +101,7 @@ def resnet18() -> Workload:
 MODELS = (
     ("gpt2", execution.gpt2, lambda model: model.transformer.h, 16),
     ("resnet18", resnet18, lambda model: model.blocks, 32),
-    ("vit", execution.vit, lambda model: model.encoder.layers, 32),
+    ("vit", execution.vit, lambda model: model.encoder.layers, 64),
 )
 CASES = {
     f"{name}-{budget}": Case(
@@ -118,8 +124,8 @@ class Decision(Record):
 class Measured(Record):
     """One way to train, behind the wall. Times are in terms of the reference's around them.
 
-    ``sieve``: None where it did not run. ``ratio``, ``noise`` (the standard error of the ratio) and the peak: None where
-    it did not come to the finals.
+    ``sieve``: None where it did not run. ``ratio``, ``noise`` (the standard error of the ratio) and the peak: None
+    where it did not come to the finals.
     """
 
     micro_batch_size: int
