@@ -92,11 +92,11 @@ def raise_wall(device_type: str, wall_bytes: int) -> None:
         raise ValueError("Only Linux keeps a process's memory within a limit. Leave the limit out.")
     import resource
 
-    limit = _data_bytes() + wall_bytes
+    limit = data_bytes() + wall_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def _data_bytes() -> int:
+def data_bytes() -> int:
     """What ``RLIMIT_DATA`` counts: private memory that can be written to."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData"))
