@@ -115,9 +115,9 @@ def test_help_imports_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_gpt2_is_planned_and_recorded_in_three_seconds_without_torch(tmp_path: Path) -> None:
+def test_gpt2_is_planned_explained_and_recorded_in_four_seconds_without_torch(tmp_path: Path) -> None:
     words = ("optimize", GPT2, "--global-batch-size", "8", "--memory-budget", "2600MiB")
-    assert min(cpu_seconds(tmp_path, *words) for _ in range(3)) < 3
+    assert min(cpu_seconds(tmp_path, *words) for _ in range(3)) < 4
 
 
 def test_planning_and_explaining_import_no_torch(tmp_path: Path) -> None:
