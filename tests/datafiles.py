@@ -28,7 +28,11 @@ class _Python2Pickler(pickle._Pickler):  # type: ignore[name-defined, misc]
 
     def save_bytes(self, value: bytes) -> None:
         short = len(value) < 256
-        self.write((pickle.SHORT_BINSTRING if short else pickle.BINSTRING) + struct.pack("<B" if short else "<i", len(value)) + value)
+        self.write(
+            (pickle.SHORT_BINSTRING if short else pickle.BINSTRING)
+            + struct.pack("<B" if short else "<i", len(value))
+            + value
+        )
         self.memoize(value)
 
     dispatch[bytes] = save_bytes
@@ -83,7 +87,13 @@ def colour(size: int, seed: int = 0) -> npt.NDArray[np.uint8]:
 
 
 def write_images(
-    file: Path, count: int, *, seed: int = 0, size: int = 32, names: tuple[str, str] = ("img", "label"), classes: int = 10
+    file: Path,
+    count: int,
+    *,
+    seed: int = 0,
+    size: int = 32,
+    names: tuple[str, str] = ("img", "label"),
+    classes: int = 10,
 ) -> Path:
     """A parquet file as the hub has CIFAR-10: a struct of bytes and path beside a number."""
     file.parent.mkdir(parents=True, exist_ok=True)

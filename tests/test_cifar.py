@@ -138,7 +138,9 @@ def test_an_archive_cut_short_or_of_something_else_is_refused(tmp_path: Path) ->
     whole = write_archive(tmp_path / "whole.tar.gz", write_cifar(tmp_path / "data")).read_bytes()
     for name, data in (("cut", whole[: len(whole) // 2]), ("text", b"no archive"), ("empty", b"")):
         (tmp_path / f"{name}.tar.gz").write_bytes(data)
-        with pytest.raises(ValueError, match=rf"{name}\.tar\.gz must be cifar-10-python\.tar\.gz, whole, got"):
+        with pytest.raises(
+            ValueError, match=rf"{name}\.tar\.gz must be cifar-10-python\.tar\.gz, whole, got"
+        ):
             cifar.read(tmp_path / f"{name}.tar.gz")
 
 
@@ -147,7 +149,9 @@ def test_an_archive_is_not_believed_that_unpacks_to_too_much_or_points_elsewhere
     bomb.size = 1 << 40
     with gzip.open(tmp_path / "bomb.tar.gz", "wb") as file:
         file.write(bomb.tobuf())
-    with pytest.raises(ValueError, match=r"data_batch_1 must be a batch of CIFAR-10.*got 1099511627776 bytes"):
+    with pytest.raises(
+        ValueError, match=r"data_batch_1 must be a batch of CIFAR-10.*got 1099511627776 bytes"
+    ):
         cifar.read(tmp_path / "bomb.tar.gz")
     with tarfile.open(tmp_path / "links.tar.gz", "w:gz") as archive:
         for name in BATCHES:

@@ -86,7 +86,9 @@ class TestNormalisation:
     def test_is_what_the_preprocessor_of_a_folder_says(self, tmp_path: Path) -> None:
         file = tmp_path / "preprocessor_config.json"
         assert stated_normalisation(tmp_path) is None
-        file.write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3], "size": {"height": 9}}))
+        file.write_text(
+            json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3], "size": {"height": 9}})
+        )
         assert stated_normalisation(tmp_path) == Normalisation(mean=(0.1, 0.2, 0.3), deviation=(1, 2, 3))
         file.write_text(json.dumps({"do_resize": True}))
         assert stated_normalisation(tmp_path) is None
@@ -196,7 +198,9 @@ class TestEncodedImages:
             with pytest.raises(ValueError, match=r"whole files that Pillow reads, got image 1 of mine: "):
                 self.encoded(png(colour(8)), whole[:length]).in_memory()
 
-    def test_stay_encoded_where_they_would_take_too_much_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_stay_encoded_where_they_would_take_too_much_memory(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         encoded = self.encoded(*(png(colour(8, seed)) for seed in range(3)))
         monkeypatch.setattr(module, "IN_MEMORY_BYTES", 3 * 8 * 8 * 3)
         assert isinstance(encoded.in_memory(), PixelArray)
