@@ -24,10 +24,10 @@ from executor.form import ImageForm, TextForm, form_of
 from executor.images import (
     CIFAR_10,
     GENERATED_HELD_OUT,
-    GeneratedImages,
     ImageDataset,
     Images,
     Normalisation,
+    PixelDataset,
     every_twentieth,
     measured_normalisation,
     stated_normalisation,
@@ -55,7 +55,16 @@ from executor.tokenizer import (
 from profiler.workload import Workload
 from profiler.workload_spec import WorkloadSpec, resolve
 
-__all__ = ["Dataset", "Epoch", "OwnBatches", "TrainingData", "batches", "load"]
+__all__ = [
+    "Dataset",
+    "Epoch",
+    "ImageDataset",
+    "OwnBatches",
+    "TokenDataset",
+    "TrainingData",
+    "batches",
+    "load",
+]
 
 Metric = Literal["accuracy", "perplexity"]
 
@@ -129,8 +138,8 @@ def _at_hand(spec: WorkloadSpec, workload: Workload, tokenizer: Path | None) -> 
         case WorkloadSpec(name="resnet50", image_size=int(image_size)):
             return TrainingData(
                 description="generated images (no download)",
-                dataset=GeneratedImages(image_size=image_size),
-                evaluation=GeneratedImages(
+                dataset=ImageDataset(image_size=image_size),
+                evaluation=ImageDataset(
                     image_size=image_size, images=GENERATED_HELD_OUT, seed=_GENERATED_SEED
                 ),
                 evaluation_description=f"{GENERATED_HELD_OUT:,} other generated images",
@@ -217,8 +226,8 @@ def _images(path: Path, form: ImageForm, normalisation: Normalisation | None) ->
         normalisation = CIFAR_10 if is_cifar_10 else measured_normalisation(training.pixels)
     normalisation.check(form.channels)
 
-    def of(images: Images, rows: npt.NDArray[np.int64], *, augmented: bool) -> ImageDataset:
-        return ImageDataset(
+    def of(images: Images, rows: npt.NDArray[np.int64], *, augmented: bool) -> PixelDataset:
+        return PixelDataset(
             images=images,
             rows=rows,
             normalisation=normalisation,

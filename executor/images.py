@@ -197,7 +197,7 @@ def measured_normalisation(pixels: Pixels) -> Normalisation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ImageDataset:
+class PixelDataset:
     """Some rows of images, normalised, of the ``size`` (height, width) and under the name that a model takes.
 
     ``augmented``: cropped and mirrored, in an epoch of training.
@@ -253,7 +253,7 @@ def _draws(epoch: Epoch, samples: int) -> npt.NDArray[np.int64]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class GeneratedImages:
+class ImageDataset:
     """Image i is the template of class ``i % 10`` under noise that (seed, i) decides; mean 0, deviation 1.
 
     The templates are the same whatever the seed, so another seed gives unseen images of the same classes.

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from executor.data import OwnBatches, TrainingData, batches, load
-from executor.images import CIFAR_10, GeneratedImages, ImageDataset, Normalisation
+from executor.images import CIFAR_10, ImageDataset, Normalisation, PixelDataset
 from executor.text import TokenDataset
 from profiler.registry import build
 from profiler.transformers_workload import of_configuration
@@ -174,8 +174,8 @@ class TestLoadWithoutAFolder:
         data = load(WorkloadSpec(name="resnet50"), tiny_workload())
         assert data.description == "generated images (no download)"
         assert next(batches(data.dataset, 2, seed=0))["images"].shape == (2, 3, 32, 32)
-        assert isinstance(data.evaluation, GeneratedImages)
-        assert isinstance(data.dataset, GeneratedImages)
+        assert isinstance(data.evaluation, ImageDataset)
+        assert isinstance(data.dataset, ImageDataset)
         assert data.evaluation.seed != data.dataset.seed
         assert data.metric == "accuracy"
 
@@ -318,8 +318,8 @@ class TestLoadImages:
         assert data.description == f"20 images of CIFAR-10 in {tmp_path}"
         assert data.evaluation_description == "4 held-out images"
         assert data.metric == "accuracy"
-        assert isinstance(data.dataset, ImageDataset)
-        assert isinstance(data.evaluation, ImageDataset)
+        assert isinstance(data.dataset, PixelDataset)
+        assert isinstance(data.evaluation, PixelDataset)
         assert data.dataset.normalisation == data.evaluation.normalisation == CIFAR_10
         assert data.dataset.augmented
         assert not data.evaluation.augmented
@@ -341,7 +341,7 @@ class TestLoadImages:
         data = load(SPEC, workload, tmp_path)
         assert fits(data, workload)
         assert data.description == f"30 images of CIFAR-10 in {tmp_path}"
-        assert isinstance(data.dataset, ImageDataset)
+        assert isinstance(data.dataset, PixelDataset)
         assert data.dataset.augmented
         image = (colour(32, 7).transpose(2, 0, 1) / 255 - np.array(CIFAR_10.mean)[:, None, None]) / np.array(
             CIFAR_10.deviation
@@ -363,7 +363,7 @@ class TestLoadImages:
         workload = image_workload(size=24)
         data = load(SPEC, workload, tmp_path)
         assert fits(data, workload)
-        assert isinstance(data.dataset, ImageDataset)
+        assert isinstance(data.dataset, PixelDataset)
         assert not data.dataset.augmented
         assert data.dataset.normalisation.mean == pytest.approx((0.5,) * 3, abs=0.01)
         assert data.dataset.normalisation.deviation == pytest.approx((math.sqrt(1 / 12),) * 3, abs=0.01)
@@ -372,13 +372,13 @@ class TestLoadImages:
         write_cifar(tmp_path)
         given = Normalisation(mean=(0.1, 0.1, 0.1), deviation=(1.0, 1.0, 1.0))
         dataset = load(SPEC, image_workload(), tmp_path, normalisation=given).dataset
-        assert isinstance(dataset, ImageDataset)
+        assert isinstance(dataset, PixelDataset)
         assert dataset.normalisation == given
         (tmp_path / "preprocessor_config.json").write_text(
             '{"image_mean": [0.2, 0.2, 0.2], "image_std": [1, 1, 1]}'
         )
         stated = load(SPEC, image_workload(), tmp_path).dataset
-        assert isinstance(stated, ImageDataset)
+        assert isinstance(stated, PixelDataset)
         assert stated.normalisation.mean == (0.2, 0.2, 0.2)
         (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5], "image_std": [0.5]}')
         with pytest.raises(ValueError, match="for each of the 3 channels of the images, got 1: mean"):

@@ -17,11 +17,11 @@ from executor import images as module
 from executor.images import (
     CIFAR_10,
     EncodedImages,
-    GeneratedImages,
     ImageDataset,
     Images,
     Normalisation,
     PixelArray,
+    PixelDataset,
     every_twentieth,
     measured_normalisation,
     stated_normalisation,
@@ -34,9 +34,9 @@ STORED = pixels(400).reshape(400, 3, 32, 32)
 
 def dataset(
     stored: np.ndarray = STORED, *, size: tuple[int, int] = (32, 32), augmented: bool = False
-) -> ImageDataset:
+) -> PixelDataset:
     rows = np.arange(len(stored))
-    return ImageDataset(
+    return PixelDataset(
         images=Images(pixels=PixelArray(array=stored), labels=rows % 10),
         rows=rows,
         normalisation=CIFAR_10,
@@ -216,19 +216,19 @@ def test_every_twentieth_image_is_held_out_where_none_are_set_apart() -> None:
 
 class TestGeneratedImages:
     def test_labels_go_round_the_ten_classes(self) -> None:
-        batch = GeneratedImages(image_size=8).gather(np.array([0, 9, 10, 25]))
+        batch = ImageDataset(image_size=8).gather(np.array([0, 9, 10, 25]))
         assert batch["labels"].tolist() == [0, 9, 0, 5]
         assert batch["images"].shape == (4, 3, 8, 8)
         assert batch["images"].dtype == torch.float32
 
     def test_an_image_is_the_same_in_any_company(self) -> None:
-        dataset = GeneratedImages(image_size=8)
+        dataset = ImageDataset(image_size=8)
         together = dataset.gather(np.array([3, 4, 5]))["images"]
         assert torch.equal(dataset.gather(np.array([4]))["images"][0], together[1])
         assert not torch.equal(together[0], dataset.gather(np.array([13]))["images"][0])
 
     def test_images_are_normalised(self) -> None:
-        images = GeneratedImages(image_size=32).gather(np.arange(500))["images"]
+        images = ImageDataset(image_size=32).gather(np.arange(500))["images"]
         assert images.mean().item() == pytest.approx(0, abs=0.01)
         assert images.std().item() == pytest.approx(1, abs=0.01)
 
@@ -236,13 +236,13 @@ class TestGeneratedImages:
         model = torch.nn.Linear(3 * 8 * 8, 10)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         losses = []
-        for batch in itertools.islice(batches(GeneratedImages(image_size=8), 64, seed=0), 40):
+        for batch in itertools.islice(batches(ImageDataset(image_size=8), 64, seed=0), 40):
             loss = torch.nn.functional.cross_entropy(model(batch["images"].flatten(1)), batch["labels"])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        unseen = GeneratedImages(image_size=8, seed=1).gather(np.arange(500))
+        unseen = ImageDataset(image_size=8, seed=1).gather(np.arange(500))
         correct = model(unseen["images"].flatten(1)).argmax(1) == unseen["labels"]
         assert losses[0] > 2
         assert losses[-1] < 0.5
