@@ -1,0 +1,154 @@
+"""Batches ahead of the loop: the same ones in the same order, no thread left, and what was waited is measured."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from executor.order import Epoch, OwnBatches, batches
+from executor.prefetch import Loader, loader
+from tests.test_images import dataset
+
+
+class Failing:
+    """Samples of which one cannot be read."""
+
+    def __init__(self, bad: int) -> None:
+        self.bad = bad
+
+    def __len__(self) -> int:
+        return 100
+
+    def gather(self, indices: npt.NDArray[np.int64], epoch: Epoch | None = None) -> dict[str, torch.Tensor]:
+        if self.bad in indices:
+            raise ValueError(f"sample {self.bad} cannot be read")
+        return {"x": torch.from_numpy(indices)}
+
+
+def of_the_loader() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def taking(seconds: float, count: int = 10**9) -> Iterator[Callable[[], int]]:
+    """Preparations that take a while each, without the processor."""
+
+    def prepare(number: int) -> Callable[[], int]:
+        return lambda: (time.sleep(seconds), number)[1]
+
+    return (prepare(number) for number in range(count))
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 4])
+def test_the_batches_are_those_without_a_loader(ahead: int) -> None:
+    samples = dataset(augmented=True)
+    expected = itertools.islice(batches(samples, 64, seed=5, start=3), 12)
+    with loader(samples, 64, seed=5, start=3, ahead=ahead) as found:
+        for one, other in zip(expected, found, strict=False):
+            assert torch.equal(one["images"], other["images"])
+            assert torch.equal(one["labels"], other["labels"])
+
+
+def test_threads_that_finish_out_of_turn_do_not_change_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("executor.prefetch._spare_cores", lambda: 4)
+    delays = itertools.cycle((0.02, 0.0, 0.01, 0.0))
+    preparations = (
+        lambda number=number, delay=delay: (time.sleep(delay), number)[1]
+        for number, delay in zip(range(40), delays, strict=False)
+    )
+    with Loader(preparations, ahead=4) as found:
+        assert len(of_the_loader()) > 1
+        assert list(found) == list(range(40))
+
+
+def test_no_thread_is_left_however_the_loop_ends() -> None:
+    with loader(dataset(), 10, seed=0) as found:
+        next(found)
+        assert of_the_loader()
+    assert not of_the_loader()
+    with pytest.raises(StopIteration):
+        next(found)
+    with pytest.raises(KeyboardInterrupt), loader(dataset(), 10, seed=0):
+        raise KeyboardInterrupt
+    assert not of_the_loader()
+    closed = loader(dataset(), 10, seed=0)
+    closed.close()
+    closed.close()
+    assert not of_the_loader()
+
+
+def test_no_more_is_prepared_than_was_asked_for() -> None:
+    made: list[int] = []
+    preparations = (lambda number=number: made.append(number) for number in itertools.count())
+    with Loader(preparations, ahead=3) as found:
+        for _ in range(2):
+            next(found)
+        time.sleep(0.1)
+        assert len(made) == 5
+
+
+def test_what_goes_wrong_in_a_thread_goes_wrong_in_the_loop_at_that_batch() -> None:
+    order = np.random.default_rng((0, 0)).permutation(100)
+    with loader(Failing(bad=int(order[25])), 10, seed=0) as found:
+        for place in range(2):
+            assert next(found)["x"].tolist() == order[place * 10 : place * 10 + 10].tolist()
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"^sample {order[25]} cannot be read$"):
+                next(found)
+    assert not of_the_loader()
+
+
+def test_what_can_never_be_drawn_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="at most the 100 samples of an epoch, got 101"):
+        loader(Failing(bad=-1), 101, seed=0)
+    with pytest.raises(ValueError, match="ahead must be at least 0, got -1"):
+        Loader(taking(0), ahead=-1)
+    assert not of_the_loader()
+
+
+def test_waiting_is_measured_and_short_where_a_step_takes_longer_than_a_batch() -> None:
+    waited = {}
+    for ahead in (0, 2):
+        with Loader(taking(0.02), ahead=ahead) as found:
+            next(found)
+            first_seconds = found.waiting_seconds
+            for _ in range(10):
+                time.sleep(0.05)
+                next(found)
+            waited[ahead] = found.waiting_seconds - first_seconds
+            assert first_seconds >= 0.02
+    assert waited[0] >= 10 * 0.02
+    assert waited[2] < waited[0] / 2
+
+
+def test_a_workloads_own_batches_are_made_in_the_loops_thread() -> None:
+    """They draw on torch's one generator, which a step's dropout draws on at the same time."""
+    threads = []
+
+    def batch(size: int) -> Any:
+        threads.append(threading.current_thread())
+        return torch.randn(size)
+
+    own = OwnBatches(batch=batch)
+    before = torch.get_rng_state()
+    with loader(own, 4, seed=2, start=1) as found:
+        made = [next(found) for _ in range(3)]
+    assert set(threads) == {threading.main_thread()}
+    assert torch.equal(torch.get_rng_state(), before)
+    for one, other in zip(made, batches(own, 4, seed=2, start=1), strict=False):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+def test_on_cuda_batches_lie_in_page_locked_memory() -> None:
+    with loader(dataset(), 10, seed=0, device=torch.device("cuda")) as found:
+        batch = next(found)
+    assert batch["images"].is_pinned()
+    assert batch["images"][2:4].is_pinned()
