@@ -96,7 +96,7 @@ class Flat(nn.Module):
         return scores
 
 
-def gpt2(sequence_length: int, **shape: int) -> Workload:
+def gpt2(sequence_length: int, **shape: Any) -> Workload:
     """GPT-2 small, or of another shape."""
     config = GPT2Config(use_cache=False, **shape)
     return language_model(GPT2LMHeadModel(config), config.vocab_size, sequence_length)
@@ -188,8 +188,8 @@ class Compiled:
         from torch._dynamo.backends.debugging import aot_eager_decomp_partition
         from torch._functorch import config
 
-        versions.recompile_limit = VERSIONS_COMPILED  # type: ignore[assignment]
-        versions.fail_on_recompile_limit_hit = True  # type: ignore[assignment]
+        versions.recompile_limit = VERSIONS_COMPILED
+        versions.fail_on_recompile_limit_hit = True
 
         def partitioned(graph: Any, inputs: Any) -> Any:
             with config.patch(activation_memory_budget=budget):

@@ -95,7 +95,7 @@ def with_lightning(case: Case, workload: Workload, folder: Path, counted: Counte
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.tuner import Tuner, batch_size_scaling
 
-    class Module(LightningModule):
+    class Module(LightningModule):  # type: ignore[misc,unused-ignore]
         def __init__(self) -> None:
             super().__init__()
             self.model = workload.model
@@ -195,10 +195,10 @@ def with_ours(
     """
     sizes: Sequence[int] = case.micro_batch_sizes
     if beforehand is not None:
-        sizes, profile = plain_sizes(beforehand, budget_bytes), beforehand
+        sizes = plain_sizes(beforehand, budget_bytes)
         wall.stand(budget_bytes)
-    if sizes:
-        profile = profiler.profile(workload, sizes, ("fp32",), "cpu")
+    profile = profiler.profile(workload, sizes, ("fp32",), "cpu") if sizes else beforehand
+    assert profile is not None
     wall.lift()
     try:
         plan = planner.optimize(profile, case.global_batch_size, budget_bytes)

@@ -248,7 +248,8 @@ def missed(rows: Sequence[Row]) -> list[str]:
 
 def label(row: Row) -> str:
     """A tool's name as tables and pictures have it."""
-    return row["tool"] + (" + checkpointing" if row["checkpointing"] else "")
+    tool: str = row["tool"]
+    return tool + (" + checkpointing" if row["checkpointing"] else "")
 
 
 def line(row: Row) -> str:

@@ -50,7 +50,7 @@ class Wall:
         """Starts the threads, and sees to it that this process is like all others of the study, walled or not."""
         if not sys.platform.startswith("linux"):
             raise SystemExit("Only Linux keeps a process's memory within a limit. Run this study on Linux.")
-        torch.backends.mkldnn.set_flags(False)
+        torch.backends.mkldnn.set_flags(False)  # type: ignore[no-untyped-call]
         images = torch.randn(2, 8, 16, 16, requires_grad=True)
         F.conv2d(images, torch.randn(8, 8, 3, 3)).sum().backward()  # type: ignore[no-untyped-call]
         matrix = torch.randn(256, 256, requires_grad=True)

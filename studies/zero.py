@@ -17,6 +17,7 @@ import contextlib
 import functools
 import gc
 import json
+import operator
 import statistics
 import subprocess
 import sys
@@ -299,7 +300,8 @@ class _Handle:
 
 def _holders(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
     """Who else holds each of these tensors: in Python, and below it."""
-    return [(sys.getrefcount(tensor), tensor._use_count()) for tensor in tensors]
+    count: Any = operator.methodcaller("_use_count")  # Not in every version's stubs.
+    return [(sys.getrefcount(tensor), count(tensor)) for tensor in tensors]
 
 
 @contextlib.contextmanager
