@@ -58,7 +58,7 @@ from studies.workloads import classifier, gpt2_medium, language_model
 BUDGETS = (0.8, 0.65, 0.5)
 """Shares of the plain peak."""
 
-COMPILER_BUDGETS = (0.8, 0.5, 0.2, 0.0)
+COMPILER_BUDGETS = (0.8, 0.5, 0.2)
 SAC_BUDGETS = (0.85, 0.7)
 SEQUENTIAL_SEGMENTS = (2, 3, 4, 6, 8)
 ROUNDS = 3
@@ -113,7 +113,7 @@ def resnet50(image_size: int) -> Workload:
 
 
 ON_CPU = (
-    Case(name="gpt2-6x384", build=narrow_gpt2, size=8, blocks=lambda model: model.transformer.h),
+    Case(name="gpt2-6x384", build=narrow_gpt2, size=4, blocks=lambda model: model.transformer.h),
     Case(name="resnet50", build=lambda: resnet50(64), size=64, blocks=lambda model: model.blocks),
 )
 ON_CUDA = (
@@ -243,8 +243,12 @@ def strategies(case: Case, workload: Workload, device: torch.device) -> dict[str
     if isinstance(blocks, nn.Sequential):
         for n in SEQUENTIAL_SEGMENTS:
             found[f"sequential {n}"] = functools.partial(sequential, model, blocks, n)
-    planner = sac.SacPlanner(case.build, case.size, device)
-    for share in SAC_BUDGETS:
+    planner: sac.SacPlanner | None = None
+    try:
+        planner = sac.SacPlanner(case.build, case.size, device)
+    except AssertionError:  # torch.distributed._tools.ilp_utils.parse_module_info, of a model in its own way.
+        print(f"{case.name:12} sac_milp: torch's own tools fail on this model's modules", flush=True)
+    for share in SAC_BUDGETS if planner is not None else ():
         began = time.perf_counter()
         policies = planner.policies(int(share * planner.plain_bytes))
         seconds = time.perf_counter() - began
@@ -339,15 +343,17 @@ def main() -> int:
     device = devices.resolve(options.device)
     cases = ON_CUDA if device.type == "cuda" else ON_CPU
     rows: list[Row] = []
-    for case in cases:
-        if options.only in (None, case.name):
-            rows += measured(case, device)
-    for row in rows:
-        print(line(row))
     name = "placement-" + devices.describe(device).name.lower().split(" with")[0].replace(" ", "-")[:24]
     head = provenance(f"python -m studies.placement --device {options.device}")
-    print(f"written to {write(name, head | {'device': devices.describe(device).name, 'rows': rows})}")
-    draw(rows, name)
+    for case in cases:
+        if options.only not in (None, case.name):
+            continue
+        of_case = measured(case, device)
+        for row in of_case:
+            print(line(row), flush=True)
+        rows += of_case
+        print(f"written to {write(name, head | {'device': devices.describe(device).name, 'rows': rows})}")
+        draw(rows, name)
     worse = [each for each in beside_rivals(rows) if each.worse]
     for each in beside_rivals(rows):
         print(each.text)
