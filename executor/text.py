@@ -211,9 +211,14 @@ _LAST_WORD_END: Final = re.compile(r".*\S(?=\s)", re.DOTALL)
 
 def _blocks(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    with path.open("rb") as file:
-        while block := file.read(PIECE_BYTES):
-            yield decoder.decode(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(PIECE_BYTES):
+                yield decoder.decode(block)
+    except OSError as error:
+        raise ValueError(
+            f"A text to train on must be readable, got {path}: {error.strerror}. Change that or leave it out."
+        ) from error
     yield decoder.decode(b"", final=True)
 
 

@@ -120,6 +120,13 @@ def test_a_batch_that_is_none_is_refused_with_what_it_holds(change: dict[bytes, 
         cifar.read_batch(python2_pickle(batch(2) | change), source="test_batch")
 
 
+def test_a_shape_that_its_numbers_do_not_fill_is_not_believed() -> None:
+    shape = b"K\x02M\x00\x0c\x86"
+    assert shape in WHOLE
+    with pytest.raises(ValueError, match=r"^mine must be .* got 3 x 3072 numbers and 6144 bytes for them"):
+        cifar.read_batch(WHOLE.replace(shape, b"K\x03" + shape[2:]), source="mine")
+
+
 def test_a_dictionary_of_something_else_is_refused() -> None:
     with pytest.raises(ValueError, match="got a list in place of a dictionary"):
         cifar.read_batch(pickle.dumps([1, 2]), source="mine")
