@@ -243,12 +243,21 @@ def strategies(case: Case, workload: Workload, device: torch.device) -> dict[str
     if isinstance(blocks, nn.Sequential):
         for n in SEQUENTIAL_SEGMENTS:
             found[f"sequential {n}"] = functools.partial(sequential, model, blocks, n)
-    planner: sac.SacPlanner | None = None
+    found |= _of_sac(case, model, device)
+    for budget in COMPILER_BUDGETS:
+        found[f"compiler {budget:g}"] = functools.partial(Compiled(model, budget), model)
+    return found
+
+
+def _of_sac(case: Case, model: nn.Module, device: torch.device) -> dict[str, Callable[[], Applied]]:
+    """What torch's planner finds for shares of the peak that it expects."""
     try:
         planner = sac.SacPlanner(case.build, case.size, device)
     except AssertionError:  # torch.distributed._tools.ilp_utils.parse_module_info, of a model in its own way.
         print(f"{case.name:12} sac_milp: torch's own tools fail on this model's modules", flush=True)
-    for share in SAC_BUDGETS if planner is not None else ():
+        return {}
+    found: dict[str, Callable[[], Applied]] = {}
+    for share in SAC_BUDGETS:
         began = time.perf_counter()
         policies = planner.policies(int(share * planner.plain_bytes))
         seconds = time.perf_counter() - began
@@ -256,8 +265,6 @@ def strategies(case: Case, workload: Workload, device: torch.device) -> dict[str
         print(f"{case.name:12} sac_milp {share:g}: {outcome} after {seconds:.0f} s", flush=True)
         if policies is not None:
             found[f"sac_milp {share:g}"] = functools.partial(sac.applied, model, policies)
-    for budget in COMPILER_BUDGETS:
-        found[f"compiler {budget:g}"] = functools.partial(Compiled(model, budget), model)
     return found
 
 
