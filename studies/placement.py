@@ -288,8 +288,8 @@ def measured(case: Case, device: torch.device) -> list[Row]:
     for name, make in list(run.items()):
         try:
             steps.run(make())
-        except RuntimeError as error:  # Of the rival's own code; ours must run.
-            print(f"{case.name:12} {name:16} does not run: {error}", flush=True)
+        except RuntimeError as refusal:  # Of the rival's own code; ours must run.
+            print(f"{case.name:12} {name:16} does not run: {refusal}", flush=True)
             del run[name]
             if name in ("plain", "sqrt(L)"):
                 raise

@@ -32,6 +32,7 @@ from profiler.profile_record import (
     StageMemory,
 )
 from profiler.workspaces import Workspaces
+from studies.accuracy import selectable
 from studies.zero import QUICK, WORLD_SIZE, measure
 from tests.models import gpt2, mlp
 from tests.profiles import every_placement, random_profile
@@ -320,7 +321,7 @@ def test_the_search_over_zero_stages_finds_what_brute_force_finds(seed: int) -> 
         for zero_stage, b in itertools.product(ZERO_STAGES, (1, 2, 4))
         for placed in every_placement(
             [s.recomputable and zero_stage < 3 for s in profile.stages],
-            [s.selective is not None for s in fp32.memory_at(b).stages],
+            selectable(fp32.memory_at(b)),
         )
     ]  # fmt: skip
     plan = optimize(
