@@ -232,8 +232,10 @@ def test_the_command_says_it_in_one_line_with_exit_code_2(tmp_path: Path) -> Non
     )
     assert (done.returncode, done.stdout) == (2, "")
     message = done.stderr.splitlines()[-1]
-    assert message.startswith(
-        "planner: loss(model, batch(2)) raised RuntimeError: addmm: mat1 and mat2 shapes"
-    )
+    begins, _, says = message.partition(" raised RuntimeError: ")
+    assert begins == "planner: loss(model, batch(2))"
+    assert says.removeprefix("addmm: ").startswith(
+        "mat1 and mat2 shapes"
+    )  # The name came with a later torch.
     assert message.endswith(", in 1, at mine.py:5.")
     assert "Traceback" not in done.stderr
