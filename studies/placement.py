@@ -384,7 +384,7 @@ def main() -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Beside:
-    """A rival beside the fastest plan of ours that needs no more memory than it."""
+    """A rival beside the plan of ours for its peak: of those within it the one that needs most."""
 
     model: str
     rival: str
@@ -423,7 +423,7 @@ def beside_rivals(rows: Sequence[Row]) -> list[Beside]:
         ]
         if not within:
             continue
-        ours = min(within, key=lambda row: row["relative_step_seconds"])
+        ours = max(within, key=lambda row: row["peak_memory_bytes"])
         found.append(
             Beside(
                 model=rival["model"],
