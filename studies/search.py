@@ -299,10 +299,13 @@ def decided(case: Case, tool: str, checkpointing: bool, budget_bytes: int, folde
 
 def _child(module: str, *arguments: str) -> str:
     """Run a module in a fresh process, as it is to run behind a wall; the last line that it said."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, check=False, timeout=TIME_LIMIT_SECONDS,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments], env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, check=False, timeout=TIME_LIMIT_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"ended after {TIME_LIMIT_SECONDS:g} s"
     lines = done.stdout.strip().splitlines() or [f"exit status {done.returncode}"]
     return lines[-1][:300]
 
