@@ -48,8 +48,9 @@ def form_of(spec: WorkloadSpec, workload: Workload) -> TextForm | ImageForm:
     """The form of a workload's batches; ValueError for one that no data of ours fits."""
     with seeded(0), calling(f"batch({_SAMPLES})", workload.model):
         batch = workload.batch(_SAMPLES)
-    tensors = batch if isinstance(batch, dict) else {}
-    shapes = {name: value.shape for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    named = isinstance(batch, dict) and all(isinstance(value, torch.Tensor) for value in batch.values())
+    tensors: dict[Any, torch.Tensor] = batch if named else {}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     names = set(tensors)
     if (
         names - {_MASK} == _TEXT

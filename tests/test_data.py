@@ -435,6 +435,7 @@ class TestLoadFitsTheWorkload:
         "batch",
         [
             lambda size: torch.randn(size, 3),
+            lambda size: {"input_ids": [[1]] * size, "labels": torch.ones(size, 1).long()},
             lambda size: {"input_ids": torch.randn(size, 3), "labels": torch.randn(size, 3)},
             lambda size: {"input_ids": torch.ones(size, 3), "labels": torch.ones(size)},
             lambda size: {"images": torch.randn(size, 3, 4, 4), "labels": torch.ones(size, 4, 4).long()},

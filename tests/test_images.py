@@ -145,6 +145,9 @@ class TestAugmentation:
         through = list(itertools.islice(batches(dataset(augmented=True), 150, seed=1), 6))
         resumed = next(batches(dataset(augmented=True), 150, seed=1, start=5))
         assert torch.equal(resumed["images"], through[5]["images"])
+        plain = next(batches(dataset(), 150, seed=1))
+        assert torch.equal(plain["labels"], through[0]["labels"])
+        assert not torch.equal(plain["images"], through[0]["images"])
         assert not torch.equal(through[0]["images"], through[2]["images"])
 
     def test_is_for_training_only(self) -> None:
