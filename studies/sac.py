@@ -23,7 +23,6 @@ from torch.distributed._tools.ilp_utils import (
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed._tools.runtime_estimator import RuntimeEstimator
 from torch.distributed._tools.sac_estimator import OPS_TO_ALWAYS_SKIP, SACEstimator
-from torch.distributed._tools.sac_ilp import get_optimal_checkpointing_policy_per_module, sac_milp
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from profiler.fake import RealIntegers
@@ -43,6 +42,10 @@ class SacPlanner:
     """
 
     def __init__(self, build: Callable[[], Workload], size: int, device: torch.device) -> None:
+        # Here, because it needs pulp, which those who do not ask for this rival need not have.
+        from torch.distributed._tools import sac_ilp
+
+        self._solver = sac_ilp
         times = RuntimeEstimator()("operator-level-cost-model")
         selective = SACEstimator()
         if device.type == "cpu":
@@ -78,12 +81,14 @@ class SacPlanner:
 
     def policies(self, budget_bytes: int) -> dict[str, list[bool]] | None:
         """By module: of each of its operations in order, whether its output is kept. None: it found no plan."""
-        discarded, _, peak_bytes = sac_milp(self._graph, budget_bytes / 2**30)
+        discarded, _, peak_bytes = self._solver.sac_milp(self._graph, budget_bytes / 2**30)
         if peak_bytes < 0:
             return None
         found = {}
         for name, share in discarded.items():
-            kept = get_optimal_checkpointing_policy_per_module(self._statistics[name], 1 - share)
+            kept = self._solver.get_optimal_checkpointing_policy_per_module(
+                self._statistics[name], 1 - share
+            )
             found[name.partition(".")[2]] = [bool(each) for each in kept]
         return found
 
