@@ -5,14 +5,14 @@ batches whose ragged rest is left out:
 
     start ──▶ (epoch, place) = divmod(start, batches per epoch) ──▶ permutation(seed, epoch)[place * size ...]
 
-so the n-th batch costs the same as the first, and a run that was killed goes on where it was with three numbers
-saved, its position. Where the batch grows or shrinks on the way, samples come in the same order all the same. What is random about a sample, the crop of an image, is a function of (seed, epoch, sample).
+so the n-th batch costs the same as the first, and a run that was killed goes on where it was with its position saved,
+which is three numbers. Where the batch grows or shrinks on the way, samples come in the same order all the same. What
+is random about a sample, the crop of an image, is a function of (seed, epoch, sample).
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Protocol

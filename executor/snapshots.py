@@ -85,11 +85,7 @@ def steps_kept(directory: Path) -> list[int]:
     """Of which steps there are snapshots, newest first."""
     names = (path.name for path in directory.glob(f"{_PREFIX}*") if path.is_dir())
     return sorted(
-        (
-            int(name.removeprefix(_PREFIX))
-            for name in names
-            if name.removeprefix(_PREFIX).isdecimal()
-        ),
+        (int(name.removeprefix(_PREFIX)) for name in names if name.removeprefix(_PREFIX).isdecimal()),
         reverse=True,
     )
 
@@ -108,7 +104,9 @@ def save(
     older snapshots are then as they were.
     """
     if keep < 1:
-        raise ValueError(f"keep must be at least 1, got {keep}: the newest snapshot is what a run goes on from.")
+        raise ValueError(
+            f"keep must be at least 1, got {keep}: the newest snapshot is what a run goes on from."
+        )
     final = path_of(directory, step)
     writing = directory / f"{_WRITING}{step:08d}"
     if peers.rank == 0:
@@ -194,9 +192,7 @@ def _encoded(value: Tree, tensors: dict[str, torch.Tensor], names: dict[Any, str
             return {"dict": list(_pairs(value, tensors, names, where))}
         case list() | tuple():
             kind = "list" if isinstance(value, list) else "tuple"
-            return {
-                kind: [_encoded(item, tensors, names, f"{where}.{i}") for i, item in enumerate(value)]
-            }
+            return {kind: [_encoded(item, tensors, names, f"{where}.{i}") for i, item in enumerate(value)]}
         case float() if not math.isfinite(value):
             return {"float": str(float(value))}
         case bool() | int() | float() | str() | None:
@@ -213,15 +209,11 @@ def _pairs(
 ) -> Iterator[list[Any]]:
     for key, item in value.items():
         if not isinstance(key, str | int):
-            raise TypeError(
-                f"A key must be a string or a whole number, got {key!r} at {where or 'the top'}."
-            )
+            raise TypeError(f"A key must be a string or a whole number, got {key!r} at {where or 'the top'}.")
         yield [key, _encoded(item, tensors, names, f"{where}.{key}" if where else str(key))]
 
 
-def _named(
-    tensor: torch.Tensor, tensors: dict[str, torch.Tensor], names: dict[Any, str], where: str
-) -> str:
+def _named(tensor: torch.Tensor, tensors: dict[str, torch.Tensor], names: dict[Any, str], where: str) -> str:
     # An empty tensor has no address to know it by.
     storage = (tensor.device, tensor.untyped_storage().data_ptr())
     place = (
@@ -233,7 +225,9 @@ def _named(
         names[place] = where
         whole = tensor.detach()
         # The format holds tensors that own their storage. A view of a larger one is copied.
-        owns = whole.numel() * whole.element_size() == whole.untyped_storage().nbytes() and storage not in names
+        owns = (
+            whole.numel() * whole.element_size() == whole.untyped_storage().nbytes() and storage not in names
+        )
         tensors[where] = whole.contiguous() if owns else whole.clone(memory_format=torch.contiguous_format)
         names[storage] = where
     return names[place]

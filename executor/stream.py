@@ -54,9 +54,7 @@ class Stream:
         if size != self._size or self._loader is None:
             self.close()
             batches = coming(self._dataset, size, self._seed, self.position, self._share)
-            self._loader = Loader(
-                (prepare for prepare, _ in batches), ahead=self._ahead, device=self._device
-            )
+            self._loader = Loader((prepare for prepare, _ in batches), ahead=self._ahead, device=self._device)
             self._size = size
         batch = next(self._loader)
         self.position = self.position.then(self._dataset, size)

@@ -17,6 +17,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from executor.errors import is_out_of_memory
 from planner.outcome import TrialResult
 from planner.plan import Plan, load_plan
 from profiler import records
@@ -68,16 +69,6 @@ def measured(plan: Plan, steps: int, wall_bytes: int | None) -> TrialResult:
         steady_error=found.relative_error["steady_seconds"],
         device_speed=found.device_speed,
     )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation was refused. A CPU's allocator has no exception of its own for it."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    refusals = ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
-    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in refusals)
 
 
 def raise_wall(device_type: str, wall_bytes: int) -> None:

@@ -305,9 +305,7 @@ def place(chain: Chain, memory_budget: float, nested: bool = False) -> Placement
     return Placement(cost=cost, peak=peak, segments=segments, schedule=schedule)
 
 
-def _solved(
-    chain: Chain, nested: bool, compiled_from: int = COMPILED_FROM_STAGES
-) -> Frontier | _FromTables:
+def _solved(chain: Chain, nested: bool, compiled_from: int = COMPILED_FROM_STAGES) -> Frontier | _FromTables:
     """By whatever is fastest: all are exact. Of plans that need and cost the same, two ways may take different ones."""
     if not nested and len(chain.forward) < compiled_from:
         return pareto(chain_units(chain))

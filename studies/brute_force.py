@@ -31,7 +31,7 @@ import msgspec
 import torch
 from torch import nn
 
-from executor.trial import is_out_of_memory
+from executor.errors import is_out_of_memory
 from planner.cost import instead
 from planner.plan import Plan, load_plan
 from planner.search import space
