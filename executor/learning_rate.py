@@ -51,8 +51,8 @@ class LearningRate:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not (0 <= self.warm_up_share < 1):
             raise ValueError(
-                f"warm_up_share must be at least 0 and below 1, got {self.warm_up_share}. It is a share of all samples: "
-                "0.05 for 5%."
+                f"warm_up_share must be at least 0 and below 1, got {self.warm_up_share}. It is a share of all "
+                "samples: 0.05 for 5%."
             )
         if not (0 <= self.final_share <= 1):
             raise ValueError(
@@ -106,7 +106,8 @@ def beta2_at(reference_beta2: float, batch_ratio: float) -> float:
     ``beta2 ** batch_ratio`` keeps the half-life of the mean of squared gradients constant in samples: one step on twice
     the samples forgets as much as two steps did (Marek et al., "Small batch size training for language models", 2025,
     who take beta2* = beta2 ** (B* / B)). torch's bias correction takes the beta2 of now for that of all steps so far:
-    within the first 1 / (1 - beta2) steps a batch that grows lengthens them too, at most by the square root of its growth.
+    within the first 1 / (1 - beta2) steps a batch that grows lengthens them too, by at most the square root of its
+    growth.
     """
     if not (0 <= reference_beta2 < 1):
         raise ValueError(f"reference_beta2 must be at least 0 and below 1, got {reference_beta2}.")
