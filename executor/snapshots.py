@@ -98,7 +98,7 @@ def path_of(directory: Path, step: int) -> Path:
 def save(
     directory: Path, step: int, run: dict[str, str], state: Tree, *, peers: Peers = ALONE, keep: int = KEPT
 ) -> Path:
-    """Write this process's state after ``step`` steps, and drop all but the newest ``keep`` snapshots.
+    """Write this process's state after ``step`` steps, and drop all but the newest ``keep`` snapshots up to it.
 
     All processes call it at the same step; they must share the directory. OSError says why it could not be written;
     older snapshots are then as they were.
@@ -127,7 +127,9 @@ def save(
             os.rename(final, aside)
         os.rename(writing, final)
         records.sync_directory(directory)
-        for old in steps_kept(directory)[keep:]:
+        kept = steps_kept(directory)
+        # Later steps are of a future that this run did not go on from: they were damaged.
+        for old in (*(each for each in kept if each > step), *[each for each in kept if each <= step][keep:]):
             shutil.rmtree(path_of(directory, old))
         for left in directory.glob(f"{_WRITING}*"):
             shutil.rmtree(left)
