@@ -38,6 +38,9 @@ class StepObserver:
 
     def optimizer_begins(self) -> None: ...
 
+    def gradients_clipped(self, norm: torch.Tensor) -> None:
+        """``norm``: of all gradients together, before they were clipped. Not told where nothing is clipped."""
+
     def step_ended(self) -> None: ...
 
 
@@ -93,15 +96,17 @@ class Stepper:
         if seen != k or total is None:
             raise ValueError(f"A step takes gradient_accumulation_steps = {k} micro-batches, got {seen}.")
         observer.optimizer_begins()
-        self._update()
+        self._update(observer)
         observer.step_ended()
         return total
 
-    def _update(self) -> None:
+    def _update(self, observer: StepObserver) -> None:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self.max_gradient_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_gradient_norm)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_gradient_norm)
+            observer.gradients_clipped(norm)
+            del norm
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
