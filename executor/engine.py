@@ -72,8 +72,8 @@ class _Norm(StepObserver):
     def __init__(self) -> None:
         self.value: torch.Tensor | None = None
 
-    def gradients_clipped(self, norm: torch.Tensor) -> None:
-        self.value = norm
+    def updated(self, gradient_norm: torch.Tensor | None, applied: bool | None) -> None:
+        self.value = gradient_norm
 
 
 class PreparedStep:
@@ -90,14 +90,20 @@ class PreparedStep:
         self._device = next(stepper.model.parameters()).device
         self._norm = _Norm()
 
-    def __call__(self, batch: Any, observer: StepObserver | None = None) -> torch.Tensor:
+    def __call__(
+        self,
+        batch: Any,
+        observer: StepObserver | None = None,
+        gradient_accumulation_steps: int | None = None,
+    ) -> torch.Tensor:
         """Run one step on a global batch (or an iterable of its micro-batches); return the mean loss, detached.
 
-        Raises ValueError when the batch does not hold ``global_batch_size`` samples.
+        ``gradient_accumulation_steps``: micro-batches of this step, where they are not the plan's; memory is the same.
+        Raises ValueError when the batch does not hold as many samples.
         """
-        k = self._plan.gradient_accumulation_steps
+        k = gradient_accumulation_steps or self._plan.gradient_accumulation_steps
         micro_batches = (
-            batch if isinstance(batch, Iterator) else split(batch, self._plan.global_batch_size, k)
+            batch if isinstance(batch, Iterator) else split(batch, k * self._plan.micro_batch_size, k)
         )
         self._norm.value = None
         on_device = (to_device(mb, self._device) for mb in micro_batches)
@@ -179,11 +185,12 @@ def prepare(
     loss: Loss,
     *,
     max_gradient_norm: float | None = 1.0,
+    skip_not_finite: bool = False,
 ) -> PreparedStep:
     """Make ``step(batch)`` of a plan for a model and optimizer of yours; ``loss(model, micro_batch)`` is a scalar.
 
-    The learning-rate schedule stays yours: step it after ``step``. On a CPU the process keeps freed memory from now
-    on, as it did while it was profiled. Raises PlanDoesNotFit for another model's plan.
+    The learning-rate schedule stays yours: step it after ``step``. ``skip_not_finite``: gradients that are not finite
+    update nothing. On a CPU the process keeps freed memory from now on, as it did while it was profiled. Raises PlanDoesNotFit for another model's plan.
     """
     check_one_process(plan)
     checkpoints = apply_checkpoints(model, plan)
@@ -198,5 +205,6 @@ def prepare(
         device_type=device_type,
         scaler=build_scaler(plan.precision, device_type),
         max_gradient_norm=max_gradient_norm,
+        skip_not_finite=skip_not_finite,
     )
     return PreparedStep(stepper, plan, checkpoints)

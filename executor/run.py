@@ -175,8 +175,8 @@ class _Observed(StepObserver):
             self._spread.optimizer_begins()
         self.in_update = True
 
-    def updated(self, gradient_norm: torch.Tensor | None, applied: bool) -> None:
-        self.gradient_norm, self.applied = gradient_norm, applied
+    def updated(self, gradient_norm: torch.Tensor | None, applied: bool | None) -> None:
+        self.gradient_norm, self.applied = gradient_norm, applied is not False
 
 
 class Run:
@@ -625,9 +625,7 @@ class Run:
         self.engine = self._engine()
 
     def _engine(self) -> Engine:
-        engine = engines.prepare(
-            self._workload.model, self._optimizer, self.plan, self._workload.loss, skip_not_finite=True
-        )
+        engine = engines.prepare(self._workload.model, self._optimizer, self.plan, self._workload.loss)
         if self._terms.adaptive is not None:
             if not isinstance(engine, PreparedStep):
                 raise PlanDoesNotFit(
