@@ -190,7 +190,8 @@ def prepare(
     """Make ``step(batch)`` of a plan for a model and optimizer of yours; ``loss(model, micro_batch)`` is a scalar.
 
     The learning-rate schedule stays yours: step it after ``step``. ``skip_not_finite``: gradients that are not finite
-    update nothing. On a CPU the process keeps freed memory from now on, as it did while it was profiled. Raises PlanDoesNotFit for another model's plan.
+    update nothing. On a CPU the process keeps freed memory from now on, as it did while it was profiled. Raises
+    PlanDoesNotFit for another model's plan.
     """
     check_one_process(plan)
     checkpoints = apply_checkpoints(model, plan)

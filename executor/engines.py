@@ -88,7 +88,8 @@ class Engine(Protocol):
 def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, loss: Loss) -> Engine:
     """The engine of a plan: DeepSpeed for one of several processes, which has joined the others, else PyTorch alone.
 
-    Gradients that are not finite update nothing. Raises PlanDoesNotFit for another model, another number of processes, or what DeepSpeed runs otherwise.
+    Gradients that are not finite update nothing. Raises PlanDoesNotFit for another model, another number of processes,
+    or what DeepSpeed runs otherwise.
     """
     if torch.distributed.is_initialized():
         return distributed.prepare(model, optimizer, plan, loss)

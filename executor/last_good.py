@@ -18,8 +18,9 @@ from torch import nn
 from executor.snapshots import Tree
 
 SMALL_BYTES: Final = 64 * 2**10
-"""Buffers up to this size are remembered before it is known which ones a step changes: the statistics of a
-normalisation are, the mask of an attention is not."""
+"""Buffers up to this size are always remembered: the statistics of a normalisation, which its kernels write without
+telling the version counter. The mask of an attention is larger, and remembered only where the counter says it changes.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,37 +77,33 @@ class LastGood:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._all = list(model.buffers())
-        self._watch([buffer for buffer in self._all if _bytes(buffer) <= SMALL_BYTES])
-        self._versions_at_first: list[int] | None = None
-        self._narrowed = False
+        self._large = [
+            (buffer, buffer._version) for buffer in model.buffers() if _bytes(buffer) > SMALL_BYTES
+        ]
+        self._watched = [buffer.detach() for buffer in model.buffers() if _bytes(buffer) <= SMALL_BYTES]
+        self._copies = [buffer.clone() for buffer in self._watched]
         self._random = RandomState.now()
 
     def remember(self) -> None:
-        """Before a step. From the second on it is known which buffers steps change."""
-        if self._versions_at_first is None:
-            self._versions_at_first = [buffer._version for buffer in self._all]
-        elif not self._narrowed:
-            pairs = zip(self._all, self._versions_at_first, strict=True)
-            self._watch([buffer for buffer, version in pairs if buffer._version != version])
-            self._narrowed = True
-        with torch.no_grad():
-            for copy, buffer in zip(self._copies, self._watched, strict=True):
-                copy.copy_(buffer)
+        """Before a step."""
+        for changed in [buffer for buffer, version in self._large if buffer._version != version]:
+            self._large = [pair for pair in self._large if pair[0] is not changed]
+            self._watched.append(changed.detach())
+            self._copies.append(changed.clone())
+        _copy(self._copies, self._watched)
         self._random = RandomState.now()
 
     def restore(self) -> None:
         """After a step that failed before its update: no gradients, buffers and random state as they were."""
         for parameter in self._model.parameters():
             parameter.grad = None
-        with torch.no_grad():
-            for copy, buffer in zip(self._copies, self._watched, strict=True):
-                buffer.copy_(copy)
+        _copy(self._watched, self._copies)
         self._random.set()
 
-    def _watch(self, buffers: list[torch.Tensor]) -> None:
-        self._watched = buffers
-        self._copies = [buffer.clone() for buffer in buffers]
+
+def _copy(to: list[torch.Tensor], of: list[torch.Tensor]) -> None:
+    if to:
+        torch._foreach_copy_(to, of)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

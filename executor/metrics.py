@@ -45,7 +45,7 @@ class Metrics:
                 continue
             finite = not isinstance(value, float) or math.isfinite(value)
             line[name] = value if finite else str(value)
-            if isinstance(value, int | float):
+            if finite and isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()

@@ -288,7 +288,6 @@ class Run:
 
         Raises Interrupted, NotFinite and OutOfMemory, each with everything saved that is worth it.
         """
-        self._last_good.remember()
         while self.state.samples < self._terms.total_samples and not self._reached():
             self._step(metrics)
             if self._is_due(self._terms.evaluate_every):

@@ -110,3 +110,20 @@ def losses_by_hand(
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(total))
     return losses, model.state_dict()
+
+
+def trained(folder: str, plan_file: str, steps: int, **terms: Any) -> None:
+    """One process of a run that may be killed; what it was given in words, since it may be another process's."""
+    import executor
+    from planner.plan import load_plan
+
+    executor.train(
+        load_plan(plan_file),
+        None,
+        folder,
+        workload=workload(),
+        steps=steps,
+        learning_rate=1e-3,
+        resume=True,
+        **terms,
+    )

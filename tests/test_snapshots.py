@@ -130,17 +130,30 @@ def test_random_state_comes_back_through_a_snapshot(tmp_path: Path) -> None:
 
 
 def test_a_step_that_failed_leaves_neither_gradients_nor_statistics_nor_random_numbers() -> None:
+    class Counting(nn.Module):
+        """Writes into one large buffer and leaves the other alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(200, 200))
+            self.register_buffer("mask", torch.zeros(300, 300))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen += 1
+            return x
+
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
-    model.register_buffer("mask", torch.zeros(200, 200))
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), Counting(), nn.Dropout(0.5))
     last_good = LastGood(model)
+    last_good.remember()
+    model(torch.ones(3, 4)).sum().backward()
     for _ in range(3):
         last_good.remember()
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        first = model(torch.ones(3, 4))
+        first = model(torch.randn(3, 4, generator=torch.Generator().manual_seed(1)))
         first.sum().backward()
         last_good.restore()
         assert all(parameter.grad is None for parameter in model.parameters())
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-        assert torch.equal(model(torch.ones(3, 4)), first)
-    assert sum(copy.numel() for copy in last_good._copies) == 4 + 4 + 1
+        assert torch.equal(model(torch.randn(3, 4, generator=torch.Generator().manual_seed(1))), first)
+    assert sum(copy.numel() for copy in last_good._copies) == 4 + 4 + 1 + 200 * 200
