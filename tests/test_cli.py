@@ -445,8 +445,8 @@ def test_a_workload_may_lie_in_the_current_directory(tmp_path: Path) -> None:
         (("train", "a.json", "--output-dir", GPT2), "must be a folder that can be written"),
         (("train", "a.json", "--until", "accuracy=85"), "accuracy must be a share of 1"),
         (("train", "a.json", "--learning-rate", "0"), "must be a positive number"),
-        (("train", GPT2_PLAN, "--most-accumulation", "8"), "Give --adaptive too"),
-        (("train", GPT2_PLAN, "--adaptive", "absolute"), "Give --noise-target"),
+        (("train", "a.json", "--most-accumulation", "8"), "Give --adaptive too"),
+        (("train", "a.json", "--adaptive", "absolute"), "Give --noise-target"),
         (("dashboard", "--storage", "journal:a", "--port", "99999"), "from 0 to 65535, got 99999"),
     ],
 )

@@ -103,8 +103,8 @@ def run(args: argparse.Namespace) -> int:
     from planner.plan import load_plan
     from profiler import records
 
-    plan = load_plan(args.plan)
     _check_adaptive(args)
+    plan = load_plan(args.plan)
     from planner.cli.output import progress
 
     with progress() as tell:
