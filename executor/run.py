@@ -41,7 +41,7 @@ from executor.verification import Clocks
 from planner.cost import instead
 from planner.plan import Plan
 from profiler import energy
-from profiler.allocator import measure_step
+from profiler.allocator import AllocatorMeter, bytes_of, measure_step
 from profiler.device import release_freed_memory
 from profiler.step import StepObserver, Stepper
 from profiler.timing import to_device
@@ -391,7 +391,7 @@ class Run:
         try:
             with clocks.timing(self._device):
                 if not isinstance(engine, PreparedStep):
-                    value = engine.step(batch)
+                    value = self._metered_rank(engine, batch) if metered else engine.step(batch)
                     observed.applied = not engine.skipped
                 elif metered:
                     value = self._metered(engine, batch, observed, k)
@@ -427,6 +427,15 @@ class Run:
         )
         self.state.peak_bytes = peak.peak_bytes
         return values[0]
+
+    def _metered_rank(self, engine: Engine, batch: Any) -> torch.Tensor:
+        """DeepSpeed keeps states, gradients and buckets where it likes: before the step, all that Python knows of."""
+        gc.collect()
+        alive = bytes_of(thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
+        with AllocatorMeter() as meter:
+            value = engine.step(batch)
+        self.state.peak_bytes = alive + meter.peak_bytes
+        return value
 
     def _fall_back(self, refused: str, observed: _Observed) -> None:
         """Train on with the next plan that needs less, from the state before the step."""

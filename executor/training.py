@@ -131,14 +131,17 @@ def train(
     SIGTERM and SIGINT end the run after the step that is running, with its state saved. Raises ValueError for
     contradictory arguments and bad data, PlanDoesNotFit for another device and for checkpoints of another run,
     Interrupted after a signal, NotFinite for a run that diverged, OutOfMemory where no plan of the front is left.
+
+    A plan for several processes is trained by as many, each of which has called ``executor.distributed.join`` and then
+    this, with the same arguments; ``planner train`` starts them.
     """
     target = Target.parse(until) if isinstance(until, str) else until
     _check_arguments(steps, epochs, save_every, evaluate_every, keep)
     directory = None if output_dir is None else Path(output_dir)
     if resume and directory is None:
         raise ValueError("--resume needs the folder of the run that it goes on with. Give --output-dir.")
-    device = device_of(plan)
-    given = workload is not None
+    several = torch.distributed.is_initialized()
+    device = device_of(plan, rank=int(os.environ["LOCAL_RANK"]) if several else None)
     workload = workload or build_workload(plan)
     source = _load(plan, workload, data)
     if (target is not None or evaluate_every is not None) and source.evaluation is None:
@@ -165,6 +168,8 @@ def train(
     )
     if directory is not None:
         _prepare(directory, resume)
+        if several:
+            torch.distributed.barrier()  # Nobody writes checkpoints before all have seen that there are none.
     progress = progress or Progress()
     flops = _model_flops_per_sample(workload, plan)
     with seeded(seed), contextlib.ExitStack() as stack:
@@ -178,7 +183,7 @@ def train(
             terms,
             device=device,
             directory=None if directory is None else directory / CHECKPOINTS,
-            identity=_identity(plan, model, source, terms, given),
+            identity=_identity(plan, model, source, terms),
             progress=progress,
             model_flops_per_sample=flops,
             peak_flops_per_second=None if listed is None else listed.flops_per_second(plan.precision),
@@ -223,9 +228,7 @@ def _prepare(directory: Path, resume: bool) -> None:
     directory.mkdir(parents=True, exist_ok=True)
 
 
-def _identity(
-    plan: Plan, model: torch.nn.Module, source: TrainingData, terms: Terms, given: bool
-) -> dict[str, str]:
+def _identity(plan: Plan, model: torch.nn.Module, source: TrainingData, terms: Terms) -> dict[str, str]:
     """What two processes must have in common to be of one run. The length may differ: a run may be made longer."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():

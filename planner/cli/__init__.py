@@ -50,6 +50,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = _parser().parse_args(argv)
+    arguments.words = list(sys.argv[1:] if argv is None else argv)  # For the processes that a command starts.
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()

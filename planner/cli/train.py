@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on from the newest whole checkpoint, or begin if there is none",
     )
     parser.add_argument(
+        "--nproc",
+        metavar="N",
+        type=arguments.count,
+        help="processes to start on this machine (default: the plan's; under torchrun, none)",
+    )
+    parser.add_argument(
         "--learning-rate",
         metavar="RATE",
         type=arguments.positive,
@@ -101,10 +108,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from planner.plan import load_plan
-    from profiler import records
 
     _check_adaptive(args)
     plan = load_plan(args.plan)
+    from executor.launch import as_rank, is_rank
+
+    if is_rank():
+        return as_rank(lambda hand_over: _train_as_rank(args, plan, hand_over))
+    if args.nproc is not None and args.nproc != plan.world_size:
+        from executor.errors import PlanDoesNotFit
+
+        raise PlanDoesNotFit(
+            f"--nproc must be the plan's world_size, {plan.world_size}, got {args.nproc}: memory and global batch are "
+            f"for as many processes. Optimise with --world-size {args.nproc}."
+        )
+    if plan.world_size > 1:
+        return _start(args, plan)
+    report = _trained(args, plan)
+    _say(args, plan, report)
+    return 0
+
+
+def _start(args: argparse.Namespace, plan: Plan) -> int:
+    """Start the plan's processes on this machine, and say what they came to."""
+    from executor.launch import crowded, launch
+    from executor.training import TrainingReport
+    from profiler import records
+
+    if (warning := crowded(plan, plan.world_size)) is not None:
+        print(f"planner: {warning}", file=sys.stderr, flush=True)
+    words = ["-m", "planner.cli", *args.words]
+    ended = launch(plan.world_size, words, threads=plan.device.threads)
+    if ended.message is not None:
+        print(f"planner: {ended.message}", file=sys.stderr)
+    if ended.document is not None and ended.status == 0:
+        _say(args, plan, records.decode(ended.document, TrainingReport))
+    return ended.status
+
+
+def _train_as_rank(args: argparse.Namespace, plan: Plan, hand_over: Callable[[bytes], None]) -> int:
+    """One of several processes, of whoever started it."""
+    from executor import distributed
+    from profiler import records
+
+    distributed.join(plan.device.kind)
+    distributed.check_same_plan(plan)
+    report = _trained(args, plan)
+    hand_over(records.encode(report))
+    distributed.leave()
+    return 0
+
+
+def _say(args: argparse.Namespace, plan: Plan, report: TrainingReport) -> None:
+    from profiler import records
+
+    if args.json:
+        sys.stdout.write(records.encode(report).decode())
+    else:
+        show(plan, report, args.output_dir)
+
+
+def _trained(args: argparse.Namespace, plan: Plan) -> TrainingReport:
     from planner.cli.output import progress
 
     with progress() as tell:
@@ -128,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
 
             most = args.most_accumulation or max(2, 4 * plan.gradient_accumulation_steps)
             adaptive = AdaptiveAccumulation(rule=args.adaptive, target=args.noise_target or 1.0, k_max=most)
-        report = executor.train(
+        return executor.train(
             plan,
             args.data,
             args.output_dir,
@@ -144,11 +208,6 @@ def run(args: argparse.Namespace) -> int:
             adaptive=adaptive,
             progress=Told(),
         )
-    if args.json:
-        sys.stdout.write(records.encode(report).decode())
-    else:
-        show(plan, report, args.output_dir)
-    return 0
 
 
 def _check_adaptive(args: argparse.Namespace) -> None:
