@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from executor import engines, snapshots
 from executor.accumulation import AccumulationController, AdaptiveAccumulation, GradientSpread, OverheadGuard
@@ -431,7 +432,11 @@ class Run:
     def _metered_rank(self, engine: Engine, batch: Any) -> torch.Tensor:
         """DeepSpeed keeps states, gradients and buckets where it likes: before the step, all that Python knows of."""
         gc.collect()
-        alive = bytes_of(thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
+        alive = bytes_of(
+            thing
+            for thing in gc.get_objects()
+            if issubclass(type(thing), torch.Tensor) and not issubclass(type(thing), FakeTensor)
+        )
         with AllocatorMeter() as meter:
             value = engine.step(batch)
         self.state.peak_bytes = alive + meter.peak_bytes

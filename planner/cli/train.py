@@ -6,6 +6,8 @@ Built-in workloads bring data that every machine has; every workload of tokens o
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -149,12 +151,18 @@ def _start(args: argparse.Namespace, plan: Plan) -> int:
 def _train_as_rank(args: argparse.Namespace, plan: Plan, hand_over: Callable[[bytes], None]) -> int:
     """One of several processes, of whoever started it."""
     from executor import distributed
+    from executor.errors import Interrupted
     from profiler import records
 
-    distributed.join(plan.device.kind)
+    rank = distributed.join(plan.device.kind)
     distributed.check_same_plan(plan)
-    report = _trained(args, plan)
-    hand_over(records.encode(report))
+    try:
+        hand_over(records.encode(_trained(args, plan)))
+    except Interrupted as stopped:
+        if rank == 0:
+            print(f"planner: {stopped}", file=sys.stderr)
+        distributed.leave()
+        return 128 + stopped.signal_number
     distributed.leave()
     return 0
 
@@ -171,7 +179,9 @@ def _say(args: argparse.Namespace, plan: Plan, report: TrainingReport) -> None:
 def _trained(args: argparse.Namespace, plan: Plan) -> TrainingReport:
     from planner.cli.output import progress
 
-    with progress() as tell:
+    # Of several processes the first speaks for all.
+    speaking = progress() if int(os.environ.get("RANK", "0")) == 0 else contextlib.nullcontext(lambda message: None)
+    with speaking as tell:
         tell("loading torch")
         import executor
         from executor.training import Progress
