@@ -20,13 +20,16 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import json
 import logging
 import os
 import signal
 import sys
 import tempfile
+import traceback
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,37 +87,33 @@ def launch(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    environment = {LAUNCHER: str(os.getpid()), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace_seconds)}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    # torch puts an argument through string.Template, to write the local rank into it.
+    escaped = [argument.replace("$", "$$") for argument in arguments]
+    killed_before = killed_for_memory()
+    status, message = 0, None
     with tempfile.TemporaryDirectory(prefix="planner-ranks-") as folder:
         place = Path(folder)
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=nproc,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=0,
-            monitor_interval=POLL_SECONDS,
-            signals_to_handle="SIGTERM,SIGINT",
-            logs_specs=DefaultLogsSpecs(
-                log_dir=str(place / "said"),
-                redirects={rank: Std.ALL if rank else Std.OUT for rank in range(nproc)},
-            ),
-        )
-        environment = {
-            FOLDER: folder,
-            LAUNCHER: str(os.getpid()),
-            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace_seconds),
-        }
-        if threads is not None:
-            environment["OMP_NUM_THREADS"] = str(threads)
-        killed_before = killed_for_memory()
-        # torch puts an argument through string.Template, to write the local rank into it.
-        escaped = [argument.replace("$", "$$") for argument in arguments]
-        status, message = 0, None
         try:
-            with _set(environment), _handlers_kept(), _nothing_logged():
+            with _set(environment | {FOLDER: folder}), _handlers_kept(), _nothing_logged(), _files_let_go():
+                config = LaunchConfig(
+                    min_nodes=1,
+                    max_nodes=1,
+                    nproc_per_node=nproc,
+                    run_id=uuid.uuid4().hex,
+                    rdzv_backend="c10d",
+                    rdzv_endpoint="localhost:0",
+                    local_addr="localhost",
+                    max_restarts=0,
+                    monitor_interval=POLL_SECONDS,
+                    signals_to_handle="SIGTERM,SIGINT",
+                    logs_specs=DefaultLogsSpecs(
+                        log_dir=str(place / "said"),
+                        redirects={rank: Std.ALL if rank else Std.OUT for rank in range(nproc)},
+                    ),
+                )
                 elastic_launch(config, sys.executable)(*escaped)
         except SignalException as stop:
             status, message = _stopped(stop.sigval, nproc, place, grace_seconds)
@@ -333,6 +332,20 @@ def _handlers_kept() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _files_let_go() -> Iterator[None]:
+    """torch's agent leaves the ranks' files for the garbage collector to close, which Python warns of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        try:
+            yield
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            raise
+        finally:
+            gc.collect()
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ def train(folder: Path, hand_over: HandOver) -> int:
     export.PERSISTENCE_ELEMENTS = 50  # So that stage 3 has something to gather, and something that it keeps.
     distributed.join("cpu")
     seen: dict[str, Any] = {"threads": torch.get_num_threads()}
-    seen["agreed"], seen["different"] = plans()
+    seen["agreed"], seen["different"] = other_plan()
     seen["configuration"] = {stage: configuration(stage) for stage in range(4)}
     seen["learned"] = {stage: learned(stage) for stage in range(4)}
     seen["resumed"] = {stage: resumed(stage) for stage in range(4)}
@@ -108,7 +108,7 @@ def a_plan(zero_stage: int, **changes: Any) -> Any:
     )
 
 
-def plans() -> tuple[bool, str]:
+def other_plan() -> tuple[bool, str]:
     """Equal plans pass; when rank 1 has another, every rank says so."""
     from executor import distributed
 
@@ -189,31 +189,30 @@ def learned(zero_stage: int) -> dict[str, Any]:
     from executor.engine import _Norm
     from planner.plan import Segment
     from profiler.step import Stepper, build_optimizer
-    from tests.models import mlp
 
     torch.manual_seed(7)
-    workload = mlp(4)
-    alone = copy.deepcopy(workload.model)
+    model = layers()
+    alone = copy.deepcopy(model)
     stepper = Stepper(
         model=alone,
-        loss=workload.loss,
+        loss=loss,
         optimizer=build_optimizer("adamw", alone),
         precision="fp32",
         device_type="cpu",
     )
     segments = (Segment(first="2", last="4", enter="2", leave="5"),) if zero_stage < 3 else ()
     engine = engines.prepare(
-        workload.model,
-        build_optimizer("adamw", workload.model),
+        model,
+        build_optimizer("adamw", model),
         a_plan(zero_stage, checkpoint=segments),
-        workload.loss,
+        loss,
     )
     before = engine.whole_weights()
     exact = before is None or all(
         torch.equal(alone.state_dict()[name], each) for name, each in before.items()
     )
     torch.manual_seed(3)
-    everything = workload.batch(MICRO_BATCH * K * 2)
+    everything = torch.randn(2 * K * MICRO_BATCH, 12), torch.randn(2 * K * MICRO_BATCH, 5)
     shares = [torch.tensor_split(part, 2)[RANK] for part in everything]
     seen: dict[str, Any] = {"exact": exact, "losses": [], "norms": [], "skipped": []}
     for step in range(STEPS):
@@ -241,6 +240,23 @@ def learned(zero_stage: int) -> dict[str, Any]:
     return seen
 
 
+def layers() -> Any:
+    """Linear layers; tests/models.py has them too, and imports transformers, which takes seconds."""
+    from torch import nn
+
+    made: list[nn.Module] = [nn.Linear(12, 24), nn.GELU()]
+    for _ in range(3):
+        made += [nn.Linear(24, 24), nn.GELU()]
+    return nn.Sequential(*made, nn.Linear(24, 5))
+
+
+def loss(model: Any, batch: Any) -> Any:
+    """Large enough for gradients to be clipped."""
+    from torch.nn import functional as F
+
+    return 10 * F.mse_loss(model(batch[0]), batch[1])
+
+
 def hard_workload() -> Any:
     """A little of all that may be forgotten: tied, frozen and odd-sized weights, buffers, dropout."""
     import torch
@@ -266,10 +282,10 @@ def hard_workload() -> Any:
     def batch(size: int) -> torch.Tensor:
         return torch.randint(11, (size,))
 
-    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    def entropy(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(model(batch), batch)
 
-    return Workload(model=Net().train(), batch=batch, loss=loss)
+    return Workload(model=Net().train(), batch=batch, loss=entropy)
 
 
 def fresh(zero_stage: int, seed: int) -> tuple[Any, Any]:
