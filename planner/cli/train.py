@@ -180,7 +180,9 @@ def _trained(args: argparse.Namespace, plan: Plan) -> TrainingReport:
     from planner.cli.output import progress
 
     # Of several processes the first speaks for all.
-    speaking = progress() if int(os.environ.get("RANK", "0")) == 0 else contextlib.nullcontext(lambda message: None)
+    speaking = (
+        progress() if int(os.environ.get("RANK", "0")) == 0 else contextlib.nullcontext(lambda message: None)
+    )
     with speaking as tell:
         tell("loading torch")
         import executor
