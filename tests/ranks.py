@@ -78,8 +78,10 @@ def train(folder: Path, hand_over: HandOver) -> int:
     from planner import export
 
     export.PERSISTENCE_ELEMENTS = 50  # So that stage 3 has something to gather, and something that it keeps.
-    distributed.join("cpu")
-    seen: dict[str, Any] = {"threads": torch.get_num_threads()}
+    given = torch.get_num_threads()
+    distributed.join("cpu", threads=3)
+    seen: dict[str, Any] = {"threads": [given, torch.get_num_threads()]}
+    torch.set_num_threads(1)
     seen["agreed"], seen["different"] = other_plan()
     seen["configuration"] = {stage: configuration(stage) for stage in range(4)}
     seen["learned"] = {stage: learned(stage) for stage in range(4)}
@@ -200,7 +202,8 @@ def learned(zero_stage: int) -> dict[str, Any]:
         precision="fp32",
         device_type="cpu",
     )
-    segments = (Segment(first="2", last="4", enter="2", leave="5"),) if zero_stage < 3 else ()
+    # Out of one block, through the next, into a third: at stage 3 DeepSpeed has hooks around all of them.
+    segments = (Segment(first="1.1", last="3.0", enter="1.1", leave="3.1"),)
     engine = engines.prepare(
         model,
         build_optimizer("adamw", model),
@@ -228,11 +231,15 @@ def learned(zero_stage: int) -> dict[str, Any]:
         seen["norms"].append((float(norm.value), engine.gradient_norm))
         seen["skipped"].append(engine.skipped)
     seen["recomputed"] = engine.checkpoints.counts
-    after = engine.whole_weights()
+    after = copied(engine.whole_weights())
     seen["names"] = None if after is None else list(after)
     seen["expected_names"] = list(alone.state_dict())
     if after is not None:
         seen["farthest"] = max(float((after[n] - w).abs().max()) for n, w in alone.state_dict().items())
+    engine.step((shares[0] * float("nan"), shares[1]))
+    seen["skipped_nan"] = engine.skipped
+    left = engine.whole_weights()
+    seen["unchanged"] = difference(copied(left), after) == ""
     seen["identity"] = [engine.rank, engine.world_size, engine.is_first]
     seen["agree"] = [engine.agree(False), engine.agree(RANK == 1), engine.agree(True)]
     engine.barrier()
@@ -241,13 +248,11 @@ def learned(zero_stage: int) -> dict[str, Any]:
 
 
 def layers() -> Any:
-    """Linear layers; tests/models.py has them too, and imports transformers, which takes seconds."""
+    """Blocks of a linear layer each. tests/models.py would import transformers, which takes seconds."""
     from torch import nn
 
-    made: list[nn.Module] = [nn.Linear(12, 24), nn.GELU()]
-    for _ in range(3):
-        made += [nn.Linear(24, 24), nn.GELU()]
-    return nn.Sequential(*made, nn.Linear(24, 5))
+    sizes = [(12, 24), (24, 24), (24, 24), (24, 24)]
+    return nn.Sequential(*(nn.Sequential(nn.Linear(*size), nn.GELU()) for size in sizes), nn.Linear(24, 5))
 
 
 def loss(model: Any, batch: Any) -> Any:

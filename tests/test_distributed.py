@@ -18,7 +18,8 @@ import msgspec
 import pytest
 import torch
 
-from executor import engine, state
+from executor import distributed, engine, state
+from executor.errors import PlanDoesNotFit
 from executor.launch import Ended, crowded, launch
 from planner.export import deepspeed_config
 from profiler.profile_record import Precision
@@ -58,7 +59,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_learn_what_one_learns_from_all_batches(trained: Trained, stage: str) -> None:
-    """With k = 2, clipping, a learning rate that changes, and a recomputed segment at stages 0 to 2."""
+    """With k = 2, clipping, a learning rate that changes, and a recomputed segment."""
     for rank, seen in enumerate(trained.ranks):
         learned = seen["learned"][stage]
         assert len(learned["losses"]) == ranks.STEPS == 20
@@ -68,7 +69,7 @@ def test_two_processes_learn_what_one_learns_from_all_batches(trained: Trained, 
         assert last < first / 2
         assert max(norm for norm, _ in learned["norms"]) > 1
         assert learned["skipped"] == [False] * ranks.STEPS
-        assert learned["recomputed"] == ([[20 * 2, 20 * 2]] if stage != "3" else [])
+        assert learned["recomputed"] == [[20 * 2, 20 * 2]]
         assert learned["identity"] == [rank, 2, rank == 0]
         assert learned["agree"] == [False, True, True]
 
@@ -80,6 +81,14 @@ def test_the_first_process_has_the_whole_models_weights(trained: Trained, stage:
     assert first["names"] == first["expected_names"]
     assert first["farthest"] < 1e-3
     assert second["names"] is None
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deepspeed_takes_no_step_with_gradients_that_are_not_numbers(trained: Trained, stage: str) -> None:
+    """At stage 0 it does, as torch alone does in fp32."""
+    for rank, seen in enumerate(trained.ranks):
+        assert seen["learned"][stage]["skipped_nan"] is (stage != "0")
+        assert seen["learned"][stage]["unchanged"] is (stage != "0" or rank == 1)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -161,7 +170,8 @@ def test_a_killed_rank_ends_the_others_and_is_named(trained: Trained) -> None:
 
 
 def test_ranks_have_the_threads_that_they_are_given(trained: Trained) -> None:
-    assert [seen["threads"] for seen in trained.ranks] == [1, 1]
+    """By ``launch``, and by ``join`` where torchrun was not told."""
+    assert [seen["threads"] for seen in trained.ranks] == [[1, 3], [1, 3]]
     assert "OMP_NUM_THREADS" not in os.environ
 
 
@@ -328,6 +338,27 @@ def test_a_state_is_refused_by_another_model_before_anything_changes() -> None:
     ):
         large.load_state(small.state())
     assert ranks.difference(ranks.copied(large.whole_weights()), before) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"world_size": 3, "global_batch_size": 18}, "for 3 processes, and 2 were started"),
+        ({"precision": "bf16"}, "must be in fp32, got bf16"),
+        ({"zero_stage": 3, "loss_chunks": 4}, "stage 3 must have its loss in one piece.*Got 4 chunks"),
+        ({"optimizer": "adafactor", "zero_stage": 1}, "adafactor must have ZeRO stage 0.*Got stage 1"),
+    ],
+)
+def test_what_deepspeed_would_run_otherwise_is_refused(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    """Before it is asked, and before anything is put on the model."""
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    model = ranks.layers()
+    plan = msgspec.structs.replace(ranks.a_plan(0), **changes)
+    with pytest.raises(PlanDoesNotFit, match=message):
+        distributed.prepare(model, torch.optim.SGD(model.parameters()), plan, ranks.loss)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_what_is_no_tree_is_refused_rather_than_lost() -> None:
