@@ -347,8 +347,9 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, loss
         )
     if plan.zero_stage == 3 and plan.loss_chunks is not None:
         raise PlanDoesNotFit(
-            "A plan with ZeRO stage 3 must have its loss in one piece: chunks use the head's weight outside of the head, "
-            f"where DeepSpeed has not gathered it. Got {plan.loss_chunks} chunks. Optimise with --zero-stage 0,1,2."
+            "A plan with ZeRO stage 3 must have its loss in one piece: chunks use the head's weight outside of the "
+            f"head, where DeepSpeed has not gathered it. Got {plan.loss_chunks} chunks. "
+            "Optimise with --zero-stage 0,1,2."
         )
     checkpoints = apply_checkpoints(model, plan)
     if plan.zero_stage == 3:

@@ -110,6 +110,12 @@ def a_plan(zero_stage: int, **changes: Any) -> Any:
     )
 
 
+def segment(enter: str, leave: str) -> Any:
+    from planner.plan import Segment
+
+    return Segment(first=enter, last=leave, enter=enter, leave=leave)
+
+
 def other_plan() -> tuple[bool, str]:
     """Equal plans pass; when rank 1 has another, every rank says so."""
     from executor import distributed
@@ -189,7 +195,6 @@ def learned(zero_stage: int) -> dict[str, Any]:
 
     from executor import engines
     from executor.engine import _Norm
-    from planner.plan import Segment
     from profiler.step import Stepper, build_optimizer
 
     torch.manual_seed(7)
@@ -203,7 +208,7 @@ def learned(zero_stage: int) -> dict[str, Any]:
         device_type="cpu",
     )
     # Out of one block, through the next, into a third: at stage 3 DeepSpeed has hooks around all of them.
-    segments = (Segment(first="1.1", last="3.0", enter="1.1", leave="3.1"),)
+    segments = (segment("1.1", "3.1"),)
     engine = engines.prepare(
         model,
         build_optimizer("adamw", model),
@@ -230,7 +235,7 @@ def learned(zero_stage: int) -> dict[str, Any]:
         assert norm.value is not None
         seen["norms"].append((float(norm.value), engine.gradient_norm))
         seen["skipped"].append(engine.skipped)
-    seen["recomputed"] = engine.checkpoints.counts
+    seen["recomputed"] = copy.deepcopy(engine.checkpoints.counts)
     after = copied(engine.whole_weights())
     seen["names"] = None if after is None else list(after)
     seen["expected_names"] = list(alone.state_dict())
@@ -355,6 +360,33 @@ def refused() -> dict[str, str]:
         except ValueError as error:
             messages[name] = str(error)
     engine.remove()
+    return messages | refused_plans()
+
+
+def refused_plans() -> dict[str, str]:
+    """Plans that DeepSpeed would run otherwise, or not at all; nothing is on the model afterwards."""
+    import msgspec
+    import torch
+
+    from executor import distributed
+    from executor.errors import PlanDoesNotFit
+
+    changes: dict[str, dict[str, Any]] = {
+        "processes": {"world_size": 3, "global_batch_size": 18},
+        "precision": {"precision": "bf16"},
+        "chunks": {"zero_stage": 3, "loss_chunks": 4},
+        "adafactor": {"optimizer": "adafactor", "zero_stage": 1},
+        "segment": {"zero_stage": 3, "checkpoint": (segment("elsewhere", "too"),)},
+    }
+    messages = {}
+    for name, change in changes.items():
+        model = layers()
+        plan = msgspec.structs.replace(a_plan(0), **change)
+        try:
+            distributed.prepare(model, torch.optim.SGD(model.parameters()), plan, loss)
+        except PlanDoesNotFit as error:
+            left = any(module._forward_pre_hooks for module in model.modules())
+            messages[name] = "hooks are left" if left else str(error)
     return messages
 
 
