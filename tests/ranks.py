@@ -151,7 +151,7 @@ def configuration(zero_stage: int) -> dict[str, Any]:
     ignored = [
         name
         for name in written.keys() - set(batch)
-        if said(DeepSpeedConfig(copy.deepcopy(written) | {name: others[name]})) == said(read)
+        if said(DeepSpeedConfig(copy.deepcopy(written) | {name: others.get(name, 7)})) == said(read)
     ]
     sharding = read.zero_config
     return {

@@ -52,6 +52,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         patch.setenv("DS_ACCELERATOR", "cpu")
         ended = run("train", folder, threads=1)
     now = time.time()
+    assert (folder / "died").exists(), ended.message
     seen = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
     return Trained(seen, ended, now - float((folder / "died").read_text()))
 
