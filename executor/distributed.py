@@ -3,7 +3,7 @@
 Started once per process by torchrun, which tells each who it is; no ssh, no hostfile:
 
     torchrun --nproc-per-node 2 train.py
-        executor.distributed.join("cpu")
+        executor.distributed.join("cpu", plan.device.threads)
         executor.distributed.check_same_plan(plan)
         step = executor.distributed.prepare(model, optimizer, plan, loss=loss)
         for batch in loader:              # this process's share of a global batch
@@ -51,8 +51,11 @@ def _stdout_kept_clean() -> Iterator[None]:
         yield
 
 
-def join(device_type: str) -> int:
-    """Meet the other processes that torchrun started; this one's rank. Imports DeepSpeed, which takes seconds."""
+def join(device_type: str, threads: int | None = None) -> int:
+    """Meet the other processes that torchrun started; this one's rank. Imports DeepSpeed, which takes seconds.
+
+    ``threads``: of this process on a CPU, those that the plan was profiled with. torchrun gives one unless it is told.
+    """
     if "RANK" not in os.environ:
         raise PlanDoesNotFit(
             "A plan for several processes must be started once per process, and no RANK is set here. "
@@ -60,6 +63,8 @@ def join(device_type: str) -> int:
         )
     if device_type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if threads is not None:
+            torch.set_num_threads(threads)
     # DeepSpeed calls collectives by the names that they had before torch 2.14, in every step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     with _stdout_kept_clean():
@@ -335,13 +340,21 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, loss
         raise PlanDoesNotFit(
             f"A plan for several processes must be in fp32, got {plan.precision}. Optimise with --precision fp32."
         )
-    if plan.zero_stage == 3 and plan.checkpoint:
+    if plan.zero_stage > 0 and plan.optimizer == "adafactor":
         raise PlanDoesNotFit(
-            "A plan with ZeRO stage 3 must recompute nothing: DeepSpeed's hooks, which gather parameters, make "
-            f"tensors that a segment cannot replay. Got {len(plan.checkpoint)} segments. "
+            "A plan with adafactor must have ZeRO stage 0: it keeps averages of a matrix's rows and columns, and the "
+            f"later stages flatten matrices. Got stage {plan.zero_stage}. Optimise with --zero-stage 0."
+        )
+    if plan.zero_stage == 3 and plan.loss_chunks is not None:
+        raise PlanDoesNotFit(
+            "A plan with ZeRO stage 3 must have its loss in one piece: chunks use the head's weight outside of the "
+            f"head, where DeepSpeed has not gathered it. Got {plan.loss_chunks} chunks. "
             "Optimise with --zero-stage 0,1,2."
         )
     checkpoints = apply_checkpoints(model, plan)
+    if plan.zero_stage == 3:
+        # DeepSpeed's hooks, which gather a module's parameters, must be called again in a replay, so they go on first.
+        checkpoints.remove()
     if next(model.parameters()).device.type == "cpu":
         keep_freed_memory()
     engine = start_engine(
@@ -351,4 +364,6 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, loss
         micro_batch_size=plan.micro_batch_size,
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
     )
+    if plan.zero_stage == 3:
+        checkpoints = apply_checkpoints(model, plan, hooked=True)
     return DistributedStep(engine, optimizer, plan, loss, checkpoints)

@@ -37,8 +37,10 @@ def check_one_process(plan: Plan) -> None:
         )
 
 
-def apply_checkpoints(model: nn.Module, plan: Plan) -> Checkpoints:
+def apply_checkpoints(model: nn.Module, plan: Plan, *, hooked: bool = False) -> Checkpoints:
     """Put the plan's recomputed segments on the model; ``remove()`` of what is returned takes them off.
+
+    ``hooked``: the model has hooks that replace tensors, as ``Checkpoints`` says.
 
     Raises PlanDoesNotFit, before anything changes, when the model has not the modules that the plan names.
     """
@@ -63,7 +65,7 @@ def apply_checkpoints(model: nn.Module, plan: Plan) -> Checkpoints:
             chunked = ChunkedLoss(model, plan.loss_chunks)
         except ChunkedLossError as error:
             raise PlanDoesNotFit(f"The plan for {plan.model} has the loss in chunks. {error}") from error
-    return Checkpoints(model, nest(stretches), chunked)
+    return Checkpoints(model, nest(stretches), chunked, hooked=hooked)
 
 
 class _Norm(StepObserver):

@@ -31,7 +31,7 @@ from executor.metrics import Metrics
 from executor.order import OwnBatches
 from executor.run import Evaluation, Progress, Run, Terms
 from executor.stopping import Target, listening
-from executor.verification import build_workload, device_of
+from executor.verification import build_workload, device_here, device_of
 from planner.plan import Cost, Plan
 from profiler import catalogue, records
 from profiler.pretend import pretending
@@ -141,7 +141,7 @@ def train(
     if resume and directory is None:
         raise ValueError("--resume needs the folder of the run that it goes on with. Give --output-dir.")
     several = torch.distributed.is_initialized()
-    device = device_of(plan, rank=int(os.environ["LOCAL_RANK"]) if several else None)
+    device = device_here(plan) if several else device_of(plan)
     workload = workload or build_workload(plan)
     source = _load(plan, workload, data)
     if (target is not None or evaluate_every is not None) and source.evaluation is None:

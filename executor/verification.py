@@ -175,19 +175,20 @@ def _relative(predicted: float | None, measured: float | None) -> float | None:
     return None if predicted is None or measured is None else (predicted - measured) / measured
 
 
-def device_of(plan: Plan, *, rank: int | None = None) -> torch.device:
-    """The plan's device, when it is here, for the process of this number on this machine.
+def device_of(plan: Plan) -> torch.device:
+    """The plan's device, when it is here. Raises PlanDoesNotFit otherwise, and for a plan of several processes."""
+    check_one_process(plan)
+    return device_here(plan)
 
-    Raises PlanDoesNotFit otherwise, and for a plan of several processes where ``rank`` is None.
-    """
-    if rank is None:
-        check_one_process(plan)
+
+def device_here(plan: Plan) -> torch.device:
+    """The same in one of several processes, which has joined the others: it took the plan's threads, or its own GPU."""
     if plan.device.kind == "cuda" and not torch.cuda.is_available():
         raise PlanDoesNotFit(
             f"The plan was made for {plan.device.name}, and this machine has no CUDA device. "
             "Profile here, or run it there."
         )
-    device = torch.device(plan.device.kind, rank if plan.device.kind == "cuda" else None)
+    device = torch.device(plan.device.kind)
     here = devices.describe(device)
     if (here.name, here.threads) != (plan.device.name, plan.device.threads):
         raise PlanDoesNotFit(

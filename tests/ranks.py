@@ -78,8 +78,10 @@ def train(folder: Path, hand_over: HandOver) -> int:
     from planner import export
 
     export.PERSISTENCE_ELEMENTS = 50  # So that stage 3 has something to gather, and something that it keeps.
-    distributed.join("cpu")
-    seen: dict[str, Any] = {"threads": torch.get_num_threads()}
+    given = torch.get_num_threads()
+    distributed.join("cpu", threads=3)
+    seen: dict[str, Any] = {"threads": [given, torch.get_num_threads()]}
+    torch.set_num_threads(1)
     seen["agreed"], seen["different"] = other_plan()
     seen["configuration"] = {stage: configuration(stage) for stage in range(4)}
     seen["learned"] = {stage: learned(stage) for stage in range(4)}
@@ -106,6 +108,12 @@ def a_plan(zero_stage: int, **changes: Any) -> Any:
         optimizer="adamw",
         **{"checkpoint": ()} | changes,
     )
+
+
+def segment(enter: str, leave: str) -> Any:
+    from planner.plan import Segment
+
+    return Segment(first=enter, last=leave, enter=enter, leave=leave)
 
 
 def other_plan() -> tuple[bool, str]:
@@ -143,7 +151,7 @@ def configuration(zero_stage: int) -> dict[str, Any]:
     ignored = [
         name
         for name in written.keys() - set(batch)
-        if said(DeepSpeedConfig(copy.deepcopy(written) | {name: others[name]})) == said(read)
+        if said(DeepSpeedConfig(copy.deepcopy(written) | {name: others.get(name, 7)})) == said(read)
     ]
     sharding = read.zero_config
     return {
@@ -187,7 +195,6 @@ def learned(zero_stage: int) -> dict[str, Any]:
 
     from executor import engines
     from executor.engine import _Norm
-    from planner.plan import Segment
     from profiler.step import Stepper, build_optimizer
 
     torch.manual_seed(7)
@@ -200,7 +207,8 @@ def learned(zero_stage: int) -> dict[str, Any]:
         precision="fp32",
         device_type="cpu",
     )
-    segments = (Segment(first="2", last="4", enter="2", leave="5"),) if zero_stage < 3 else ()
+    # Out of one block, through the next, into a third: at stage 3 DeepSpeed has hooks around all of them.
+    segments = (segment("1.1", "3.1"),)
     engine = engines.prepare(
         model,
         build_optimizer("adamw", model),
@@ -227,12 +235,16 @@ def learned(zero_stage: int) -> dict[str, Any]:
         assert norm.value is not None
         seen["norms"].append((float(norm.value), engine.gradient_norm))
         seen["skipped"].append(engine.skipped)
-    seen["recomputed"] = engine.checkpoints.counts
-    after = engine.whole_weights()
+    seen["recomputed"] = copy.deepcopy(engine.checkpoints.counts)
+    after = copied(engine.whole_weights())
     seen["names"] = None if after is None else list(after)
     seen["expected_names"] = list(alone.state_dict())
     if after is not None:
         seen["farthest"] = max(float((after[n] - w).abs().max()) for n, w in alone.state_dict().items())
+    engine.step((shares[0] * float("nan"), shares[1]))
+    seen["skipped_nan"] = engine.skipped
+    left = engine.whole_weights()
+    seen["unchanged"] = difference(copied(left), after) == ""
     seen["identity"] = [engine.rank, engine.world_size, engine.is_first]
     seen["agree"] = [engine.agree(False), engine.agree(RANK == 1), engine.agree(True)]
     engine.barrier()
@@ -241,13 +253,11 @@ def learned(zero_stage: int) -> dict[str, Any]:
 
 
 def layers() -> Any:
-    """Linear layers; tests/models.py has them too, and imports transformers, which takes seconds."""
+    """Blocks of a linear layer each. tests/models.py would import transformers, which takes seconds."""
     from torch import nn
 
-    made: list[nn.Module] = [nn.Linear(12, 24), nn.GELU()]
-    for _ in range(3):
-        made += [nn.Linear(24, 24), nn.GELU()]
-    return nn.Sequential(*made, nn.Linear(24, 5))
+    sizes = [(12, 24), (24, 24), (24, 24), (24, 24)]
+    return nn.Sequential(*(nn.Sequential(nn.Linear(*size), nn.GELU()) for size in sizes), nn.Linear(24, 5))
 
 
 def loss(model: Any, batch: Any) -> Any:
@@ -350,6 +360,33 @@ def refused() -> dict[str, str]:
         except ValueError as error:
             messages[name] = str(error)
     engine.remove()
+    return messages | refused_plans()
+
+
+def refused_plans() -> dict[str, str]:
+    """Plans that DeepSpeed would run otherwise, or not at all; nothing is on the model afterwards."""
+    import msgspec
+    import torch
+
+    from executor import distributed
+    from executor.errors import PlanDoesNotFit
+
+    changes: dict[str, dict[str, Any]] = {
+        "processes": {"world_size": 3, "global_batch_size": 18},
+        "precision": {"precision": "bf16"},
+        "chunks": {"zero_stage": 3, "loss_chunks": 4},
+        "adafactor": {"optimizer": "adafactor", "zero_stage": 1},
+        "segment": {"zero_stage": 3, "checkpoint": (segment("elsewhere", "too"),)},
+    }
+    messages = {}
+    for name, change in changes.items():
+        model = layers()
+        plan = msgspec.structs.replace(a_plan(0), **change)
+        try:
+            distributed.prepare(model, torch.optim.SGD(model.parameters()), plan, loss)
+        except PlanDoesNotFit as error:
+            left = any(module._forward_pre_hooks for module in model.modules())
+            messages[name] = "hooks are left" if left else str(error)
     return messages
 
 

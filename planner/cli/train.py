@@ -154,7 +154,7 @@ def _train_as_rank(args: argparse.Namespace, plan: Plan, hand_over: Callable[[by
     from executor.errors import Interrupted
     from profiler import records
 
-    rank = distributed.join(plan.device.kind)
+    rank = distributed.join(plan.device.kind, plan.device.threads)
     distributed.check_same_plan(plan)
     try:
         hand_over(records.encode(_trained(args, plan)))
