@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import math
 import statistics
 import sys
 import time
@@ -42,6 +41,7 @@ from profiler.timing import stepper_for
 from profiler.workload import Workload, split
 from studies.placement import Applied, every_block, plain, planned
 from studies.search import CASES, EVERY_BLOCK, OURS, PLAIN, Case, Decision, Finals, Measured, settled
+from studies.turns import in_turns, standard_error
 from studies.wall import Wall
 
 CPU = torch.device("cpu")
@@ -172,26 +172,6 @@ def spread(items: Sequence[int], count: int) -> list[int]:
     return [items[round(n * (len(items) - 1) / (count - 1))] for n in range(count)]
 
 
-def in_turns(
-    steps: Steps, taking_part: Sequence[Way], reference: Way, rounds: int
-) -> tuple[list[list[float]], list[float]]:
-    """Of each way its time over the reference's around it, round after round; and the reference's seconds."""
-    ratios: list[list[float]] = [[] for _ in taking_part]
-    seconds = [steps.run(reference)]
-    for _ in range(rounds):
-        for found, way in zip(ratios, taking_part, strict=True):
-            taken = steps.run(way)
-            seconds.append(steps.run(reference))
-            found.append(2 * taken / (seconds[-2] + seconds[-1]))
-    return ratios, seconds
-
-
-def standard_error(ratios: Sequence[float]) -> float:
-    """Of their median, from the middle half of them, as if they were normal."""
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return 1.253 * (high - low) / 1.349 / math.sqrt(len(ratios))
-
-
 def measured(case: Case, budget_bytes: int, folder: Path) -> Finals:
     """Sieve and finals, behind the wall; the reference is the plan, or where it does not run the first that does."""
     profile = records.read(folder / "ours" / "profile.json", Profile)
@@ -209,13 +189,13 @@ def measured(case: Case, budget_bytes: int, folder: Path) -> Finals:
     wall.stand(budget_bytes)
     running = [way for way in tried.values() if steps.runs(way)]
     reference = running[0]
-    first, _ = in_turns(steps, running, reference, SIEVE_ROUNDS)
+    first, _ = in_turns(steps.run, running, reference, SIEVE_ROUNDS)
     sieve = {way.key: statistics.median(ratios) for way, ratios in zip(running, first, strict=True)}
     seconds = time.perf_counter() - began
     of_plans = {name: tried[_essence(plan)].key for name, plan in plans.items()}
     finalists = {*close(sieve), *of_plans.values(), *of_tools(case, folder, sieve), reference.key}
     last = [way for way in running if way.key in finalists]
-    ratios, taken = in_turns(steps, last, reference, FINAL_ROUNDS)
+    ratios, taken = in_turns(steps.run, last, reference, FINAL_ROUNDS)
     wall.lift()
     judged = {
         way.key: Measured(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from studies.brute_force import close, spread, standard_error
+from studies.brute_force import close, spread
 from studies.search import (
     BRUTE_FORCE,
     CASES,
@@ -23,6 +23,7 @@ from studies.search import (
     rows_of,
     settled,
 )
+from studies.turns import standard_error
 
 CASE = CASES["gpt2-tight"]
 """A global batch of 16."""
