@@ -122,6 +122,11 @@ class Checkpoints:
         self._replaying = False
         self._changed_buffers: dict[int, list[torch.Tensor]] = {}
         self._handles: list[Any] = []
+        if every:
+            self._watch(modules, every, hooked)
+
+    def _watch(self, modules: dict[str, nn.Module], every: Sequence[Stretch], hooked: bool) -> None:
+        """Put the hooks on the model; with nothing to recompute it has none, and loses no time to them."""
         boundaries = {c.module for s in every for c in (s.enter, s.leave) if c is not None}
         ancestors = {name[:i] for name in boundaries for i, char in enumerate(name) if char == "."} | {""}
         whole = set(_outermost_called(modules, ancestors))
@@ -134,8 +139,8 @@ class Checkpoints:
                 self._handles.append(module.register_forward_hook(self._left, always_call=True))
         for name in sorted(ancestors - {""}) if hooked else ():
             self._handles.extend(self._watch_hooks(modules[name]))
-        self._handles.append(model.register_forward_pre_hook(self._begin, prepend=True))
-        self._handles.append(model.register_forward_hook(self._end, always_call=True))
+        self._handles.append(self._model.register_forward_pre_hook(self._begin, prepend=True))
+        self._handles.append(self._model.register_forward_hook(self._end, always_call=True))
 
     def remove(self) -> None:
         """Take every hook off the model, and give it its own loss back."""

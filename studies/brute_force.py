@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import math
 import statistics
 import sys
 import time
@@ -43,6 +42,7 @@ from profiler.timing import stepper_for
 from profiler.workload import Workload, split
 from studies.placement import Applied, every_block, plain, planned
 from studies.search import CASES, EVERY_BLOCK, OURS, PLAIN, Case, Decision, Finals, Measured, settled
+from studies.turns import in_turns, standard_error
 from studies.wall import Wall
 
 CPU = torch.device("cpu")
@@ -180,12 +180,12 @@ class NoMemory(Exception):
         self.way = way
 
 
-def in_turns(
-    seconds_of: Callable[[Way], float | None], taking_part: Sequence[Way], reference: Way, rounds: int
+def lasting(
+    seconds_of: Callable[[Way], float | None], taking_part: Sequence[Way], rounds: int
 ) -> tuple[dict[Key, list[float]], list[float]]:
-    """Of each way its time over the reference's around it, round after round; and the reference's seconds.
+    """``in_turns`` of the ways that never are refused memory, the first of them being the reference.
 
-    Raises NoMemory for the first way that is refused memory.
+    After a refusal all begin again without that way, so that all ratios are of the same rounds.
     """
 
     def timed(way: Way) -> float:
@@ -194,35 +194,14 @@ def in_turns(
             raise NoMemory(way)
         return taken
 
-    ratios: dict[Key, list[float]] = {way.key: [] for way in taking_part}
-    seconds = [timed(reference)]
-    for _ in range(rounds):
-        for way in taking_part:
-            taken = timed(way)
-            seconds.append(timed(reference))
-            ratios[way.key].append(2 * taken / (seconds[-2] + seconds[-1]))
-    return ratios, seconds
-
-
-def lasting(
-    seconds_of: Callable[[Way], float | None], taking_part: Sequence[Way], rounds: int
-) -> tuple[dict[Key, list[float]], list[float]]:
-    """``in_turns`` of the ways that never are refused memory, the first of them being the reference.
-
-    After a refusal all begin again without that way, so that all ratios are of the same rounds.
-    """
     left = list(taking_part)
     while True:
         try:
-            return in_turns(seconds_of, left, left[0], rounds)
+            ratios, seconds = in_turns(timed, left, left[0], rounds)
         except NoMemory as refused:
             left.remove(refused.way)
-
-
-def standard_error(ratios: Sequence[float]) -> float:
-    """Of their median, from the middle half of them, as if they were normal."""
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return 1.253 * (high - low) / 1.349 / math.sqrt(len(ratios))
+        else:
+            return {way.key: found for way, found in zip(left, ratios, strict=True)}, seconds
 
 
 def measured(case: Case, budget_bytes: int, folder: Path) -> Finals:

@@ -117,6 +117,13 @@ def test_the_python_interface_profiles_optimises_saves_and_verifies_a_model_of_o
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_plan_that_recomputes_nothing_puts_nothing_on_the_model(plain: Plan) -> None:
+    model = tower()
+    optimizer = torch.optim.SGD(model.parameters())
+    executor.prepare(model, optimizer, plain, loss=loss)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
 def test_a_binding_budget_makes_the_plan_recompute_and_a_slack_one_does_not(plain: Plan, tight: Plan) -> None:
     assert not plain.checkpoint
     assert tight.checkpoint

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import pytest
 
-from studies.brute_force import Way, close, lasting, spread, standard_error
+from studies.brute_force import Way, close, lasting, spread
 from studies.search import (
     BRUTE_FORCE,
     CASES,
@@ -24,6 +24,7 @@ from studies.search import (
     rows_of,
     settled,
 )
+from studies.turns import standard_error
 
 CASE = CASES["gpt2-tight"]
 """A global batch of 16."""
