@@ -122,6 +122,7 @@ class Checkpoints:
         self._replaying = False
         self._changed_buffers: dict[int, list[torch.Tensor]] = {}
         self._handles: list[Any] = []
+        self._passing: list[list[Any]] = []
         if every:
             self._watch(modules, every, hooked)
 
@@ -130,7 +131,6 @@ class Checkpoints:
         boundaries = {c.module for s in every for c in (s.enter, s.leave) if c is not None}
         ancestors = {name[:i] for name in boundaries for i, char in enumerate(name) if char == "."} | {""}
         whole = set(_outermost_called(modules, ancestors))
-        self._passing: list[list[Any]] = []
         for name in sorted(boundaries | whole):
             module = modules[name]
             hook = self._entering(name, whole=name in whole)

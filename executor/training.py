@@ -162,7 +162,7 @@ def train(
         ),
         save_every=save_every,
         keep=keep,
-        evaluate_every=evaluate_every or (target and max(1, count // EVALUATIONS_OF_A_RUN)),
+        evaluate_every=_evaluations(evaluate_every, target, count),
         until=target,
         adaptive=adaptive,
     )
@@ -202,6 +202,11 @@ def train(
         _write_weights(directory / WEIGHTS, weights)
         records.write(directory / REPORT, report)
     return report
+
+
+def _evaluations(every: int | None, target: Target | None, steps: int) -> int | None:
+    """Steps between two evaluations; None for none."""
+    return max(1, steps // EVALUATIONS_OF_A_RUN) if every is None and target is not None else every
 
 
 def _check_arguments(
@@ -283,7 +288,7 @@ def _model_flops_per_sample(workload: Workload, plan: Plan) -> float:
         FlopCounterMode(display=False) as counter,
     ):
         workload.loss(workload.model, batch)
-    return 3 * counter.get_total_flops() / size
+    return 3.0 * float(counter.get_total_flops()) / size
 
 
 def _report(plan: Plan, run: Run, source: TrainingData, terms: Terms, flops: float) -> TrainingReport:

@@ -40,12 +40,12 @@ def take(engine: DeepSpeedEngine) -> Tree:
     found = engine.optimizer.state_dict()
     if stage == 0:
         return optimizer_tree(found)
+    inner, partitions = _FLAT_INNER, _FLAT_PARTITIONS
+    settings: tuple[str, ...] = _FLAT_SETTINGS
+    derived: tuple[str, ...] = _FLAT_DERIVED
     if stage == 3:
         inner, partitions, settings = _SCATTERED_INNER, _SCATTERED_PARTITIONS, _FLAGS
         derived = _SCATTERED_DERIVED
-    else:
-        inner, partitions, settings = _FLAT_INNER, _FLAT_PARTITIONS, _FLAT_SETTINGS
-        derived = _FLAT_DERIVED
     check_names(
         f"DeepSpeed's optimizer state of ZeRO stage {stage}",
         found,
