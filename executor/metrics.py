@@ -1,7 +1,7 @@
 """What a run writes down as it goes: one JSON object a line, and the same numbers for TensorBoard.
 
     metrics.jsonl    {"step": 12, "samples": 384, "loss": 3.91, "learning_rate": 0.0001, "step_seconds": 1.31, ...}
-    tensorboard/     events of the same names; tensorboard --logdir DIR shows them
+    tensorboard/     events of the same names, at most once a second; tensorboard --logdir DIR shows them
 
 A number that is not known is left out of its line. A run that goes on from step n first drops what was written after
 it: the steps that a crash threw away, and which now are made again.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ from profiler.records import replace_whole
 
 LINES: Final = "metrics.jsonl"
 BOARD: Final = "tensorboard"
+BOARD_SECONDS: Final = 1.0
 
 Value = int | float | str | None
 
@@ -36,16 +38,21 @@ class Metrics:
         self._file = path.open("a")
         # TensorBoard forgets what an earlier file of events holds from this step on.
         self._board = SummaryWriter(str(directory / BOARD), purge_step=after_step + 1, flush_secs=10)
+        self._next_on_board = time.monotonic()
 
     def write(self, step: int, values: dict[str, Value]) -> None:
         """One line; numbers that are not finite are written as words, since JSON has none."""
         line: dict[str, Any] = {"step": step}
+        # A dozen events take a millisecond, as long as a small model's step.
+        on_board = time.monotonic() >= self._next_on_board
+        if on_board:
+            self._next_on_board = time.monotonic() + BOARD_SECONDS
         for name, value in values.items():
             if value is None:
                 continue
             finite = not isinstance(value, float) or math.isfinite(value)
             line[name] = value if finite else str(value)
-            if finite and isinstance(value, int | float):
+            if on_board and finite and isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()

@@ -35,7 +35,7 @@ from executor.last_good import LastGood, RandomState
 from executor.learning_rate import LearningRate, beta2_at
 from executor.metrics import Metrics
 from executor.order import Position, Share
-from executor.snapshots import Damaged, Peers, Tree
+from executor.snapshots import Damaged, NotSaved, Peers, Tree
 from executor.stopping import Metric, Requests, Target, Watch, first_not_finite
 from executor.stream import Stream
 from executor.verification import Clocks
@@ -574,14 +574,25 @@ class Run:
         """The snapshot of now; None without a directory."""
         if self._directory is None:
             return None
-        if self._saved_step != self.state.step:
-            snapshots.save(
-                self._directory, self.state.step, self._run(), self._tree(), peers=self._peers(),
-                keep=self._terms.keep,
-            )  # fmt: skip
-            self._saved_step = self.state.step
+        step = self.state.step
+        if self._saved_step != step:
             self._saved_at = time.monotonic()
-        return snapshots.path_of(self._directory, self.state.step)
+            try:
+                snapshots.save(
+                    self._directory,
+                    step,
+                    self._run(),
+                    self._tree(),
+                    peers=self._peers(),
+                    keep=self._terms.keep,
+                )
+            except NotSaved as error:
+                self._progress.announced(
+                    f"no checkpoint could be written after step {step}, and training goes on: {error}"
+                )
+                return None
+            self._saved_step = step
+        return snapshots.path_of(self._directory, step)
 
     def _save_after_restoring(self) -> Path | None:
         self._last_good.restore()
@@ -663,7 +674,7 @@ class Run:
 
     def _peers(self) -> Peers:
         engine = self.engine
-        return Peers(rank=engine.rank, world_size=engine.world_size, agree=engine.agree, wait=engine.barrier)
+        return Peers(rank=engine.rank, world_size=engine.world_size, agree=engine.agree)
 
     def _stream_from(self, position: Position) -> Stream:
         return Stream(

@@ -50,6 +50,10 @@ class Damaged(Exception):
     """A snapshot that is not what was written."""
 
 
+class NotSaved(Exception):
+    """A snapshot could not be written; those before it are as they were."""
+
+
 class FileSum(Record):
     """One file of a snapshot as it was written."""
 
@@ -70,12 +74,11 @@ class Manifest(Document, tag="checkpoint"):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peers:
-    """The processes of a run. ``agree``: whether any of them says so; ``wait``: until all have come this far."""
+    """The processes of a run. ``agree``: whether any of them says so, which waits for all."""
 
     rank: int = 0
     world_size: int = 1
     agree: Callable[[bool], bool] = bool
-    wait: Callable[[], None] = lambda: None
 
 
 ALONE: Final = Peers()
@@ -100,24 +103,47 @@ def save(
 ) -> Path:
     """Write this process's state after ``step`` steps, and drop all but the newest ``keep`` snapshots up to it.
 
-    All processes call it at the same step; they must share the directory. OSError says why it could not be written;
-    older snapshots are then as they were.
+    All processes call it at the same step; they must share the directory. Raises NotSaved, in every process, when any
+    of them could not write its part.
     """
     if keep < 1:
         raise ValueError(
             f"keep must be at least 1, got {keep}: the newest snapshot is what a run goes on from."
         )
-    final = path_of(directory, step)
     writing = directory / f"{_WRITING}{step:08d}"
+    try:
+        _together(peers, lambda: _begin(directory, writing, peers))
+        _together(peers, lambda: _write_process(writing, peers.rank, state))
+        _together(peers, lambda: _finish(directory, writing, step, run, peers, keep))
+    except NotSaved:
+        if peers.rank == 0:
+            shutil.rmtree(writing, ignore_errors=True)  # A full disk has other use for the space.
+        raise
+    return path_of(directory, step)
+
+
+def _together(peers: Peers, act: Callable[[], None]) -> None:
+    """One part of writing, in all processes: all have done it, or all raise NotSaved."""
+    failure: Exception | None = None
+    try:
+        act()
+    except (OSError, SafetensorError, RecordError) as error:
+        failure = error
+    if peers.agree(failure is not None):
+        raise NotSaved(str(failure or "another process could not write its part")) from failure
+
+
+def _begin(directory: Path, writing: Path, peers: Peers) -> None:
     if peers.rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
         for left in directory.glob(f"{_WRITING}*"):
             shutil.rmtree(left)
         writing.mkdir()
-    peers.wait()
-    _write_process(writing, peers.rank, state)
-    peers.wait()
+
+
+def _finish(directory: Path, writing: Path, step: int, run: dict[str, str], peers: Peers, keep: int) -> None:
     if peers.rank == 0:
+        final = path_of(directory, step)
         files = {path.name: _sum_of(path) for path in sorted(writing.iterdir())}
         manifest = Manifest(step=step, world_size=peers.world_size, run=run, files=files)
         records.write(writing / _MANIFEST, manifest)
@@ -133,8 +159,6 @@ def save(
             shutil.rmtree(path_of(directory, old))
         for left in directory.glob(f"{_WRITING}*"):
             shutil.rmtree(left)
-    peers.wait()
-    return final
 
 
 def manifest_of(path: Path) -> Manifest:

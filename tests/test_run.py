@@ -217,6 +217,21 @@ def test_checkpoints_of_another_run_are_refused_and_not_written_over(plan: Plan,
         executor.train(plan, workload=workload(), steps=1, resume=True)
 
 
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
+    plan: Plan, whole: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "checkpoints").symlink_to(small_disk)
+    heard = Acting()
+    saved(plan, folder, progress=heard)
+    failed = "no checkpoint could be written after step 3, and training goes on: "
+    assert heard.said[0].startswith(failed)
+    assert "No space left on device" in heard.said[0]
+    assert list(small_disk.iterdir()) == []
+    assert same(weights(folder), weights(whole))
+
+
 def test_numbers_that_are_none_stop_the_run_and_say_where(plan: Plan, tmp_path: Path) -> None:
     made = workload()
 
