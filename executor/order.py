@@ -94,7 +94,7 @@ def coming(
     dataset: Dataset | OwnBatches, size: int, seed: int, position: Position, share: Share = WHOLE
 ) -> Iterator[tuple[Callable[[], Any], Position]]:
     """Batches of ``size`` samples without end from a position on: the call that makes each, and what is then behind."""
-    _check_size(dataset, size)
+    check_size(dataset, size)
     if isinstance(dataset, OwnBatches):
         return _own(dataset, size, seed, position, share)
     return _permuted(dataset, size, seed, position, share)
@@ -119,12 +119,13 @@ def preparations(
         raise ValueError(
             f"global_batch_size must be at least 1 and start at least 0, got {global_batch_size} and {start}."
         )
-    _check_size(dataset, global_batch_size)
+    check_size(dataset, global_batch_size)
     position = Position.after(dataset, start, global_batch_size)
     return (prepare for prepare, _ in coming(dataset, global_batch_size, seed, position))
 
 
-def _check_size(dataset: Dataset | OwnBatches, size: int) -> None:
+def check_size(dataset: Dataset | OwnBatches, size: int) -> None:
+    """Raise ValueError for batches larger than an epoch."""
     if not isinstance(dataset, OwnBatches) and size > len(dataset):
         raise ValueError(
             f"global_batch_size must be at most the {len(dataset)} samples of an epoch, "

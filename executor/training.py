@@ -28,7 +28,7 @@ from executor.accumulation import AdaptiveAccumulation
 from executor.data import TrainingData
 from executor.learning_rate import LearningRate, Scaling, Schedule
 from executor.metrics import Metrics
-from executor.order import OwnBatches
+from executor.order import OwnBatches, check_size
 from executor.run import Evaluation, Progress, Run, Terms
 from executor.stopping import Target, listening
 from executor.verification import build_workload, device_here, device_of
@@ -144,6 +144,7 @@ def train(
     device = device_here(plan) if several else device_of(plan)
     workload = workload or build_workload(plan)
     source = _load(plan, workload, data)
+    check_size(source.dataset, plan.global_batch_size)
     if (target is not None or evaluate_every is not None) and source.evaluation is None:
         raise ValueError(
             f"--until and --evaluate-every need data that is held out, and {source.description} has none. "
@@ -270,12 +271,7 @@ def _steps_of(source: TrainingData, plan: Plan, epochs: int | None, target: Targ
         raise ValueError(
             f"--epochs needs data of a known length, and {source.description} has none. Give --steps."
         )
-    samples = len(source.dataset)
-    if samples < plan.global_batch_size:
-        raise ValueError(
-            f"One epoch must hold a global batch of {plan.global_batch_size}, the data has {samples} samples."
-        )
-    return epochs * (samples // plan.global_batch_size)
+    return epochs * (len(source.dataset) // plan.global_batch_size)
 
 
 def _model_flops_per_sample(workload: Workload, plan: Plan) -> float:
