@@ -32,6 +32,7 @@ from executor import state, zero_state
 from executor.engine import apply_checkpoints
 from executor.errors import PlanDoesNotFit
 from executor.recompute import Checkpoints
+from executor.state import Tree
 from planner.export import deepspeed_config
 from planner.plan import Plan
 from planner.zero import BUCKET_ELEMENTS
@@ -248,7 +249,7 @@ class DistributedStep:
         """Wait until all processes are here."""
         self.agree(False)
 
-    def state(self) -> state.Tree:
+    def state(self) -> Tree:
         """What this process has to remember; of all processes together nothing is missing. Between steps only."""
         engine = self.engine
         return {
@@ -272,7 +273,7 @@ class DistributedStep:
         self.engine.skipped_steps = tree["skipped_steps"]
         self.engine.global_samples = tree["samples"]
 
-    def _facts(self) -> dict[str, state.Tree]:
+    def _facts(self) -> dict[str, Tree]:
         return {
             "engine": "deepspeed",
             "zero_stage": self._plan.zero_stage,
@@ -290,7 +291,7 @@ class DistributedStep:
             if not isinstance(tensor, nn.Parameter):
                 own[name] = tensor
             elif not tensor.requires_grad:
-                own[name] = tensor.ds_tensor if self._plan.zero_stage == 3 else tensor
+                own[name] = tensor if self._plan.zero_stage < 3 else _part(tensor)
         return own
 
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
@@ -312,6 +313,12 @@ class DistributedStep:
         """Take the plan's segments and DeepSpeed's hooks off the model. At stage 3 it keeps only its part of it."""
         self.checkpoints.remove()
         self.engine.destroy()
+
+
+def _part(parameter: Any) -> torch.Tensor:
+    """What stage 3 leaves of a parameter in this process."""
+    part: torch.Tensor = parameter.ds_tensor
+    return part
 
 
 def _gathered(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
