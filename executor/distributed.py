@@ -291,8 +291,7 @@ class DistributedStep:
             if not isinstance(tensor, nn.Parameter):
                 own[name] = tensor
             elif not tensor.requires_grad:
-                # DeepSpeed's, on every parameter of a model at stage 3.
-                own[name] = getattr(tensor, "ds_tensor") if self._plan.zero_stage == 3 else tensor  # noqa: B009
+                own[name] = tensor if self._plan.zero_stage < 3 else _part(tensor)
         return own
 
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
@@ -314,6 +313,12 @@ class DistributedStep:
         """Take the plan's segments and DeepSpeed's hooks off the model. At stage 3 it keeps only its part of it."""
         self.checkpoints.remove()
         self.engine.destroy()
+
+
+def _part(parameter: Any) -> torch.Tensor:
+    """What stage 3 leaves of a parameter in this process."""
+    part: torch.Tensor = parameter.ds_tensor
+    return part
 
 
 def _gathered(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:

@@ -19,6 +19,7 @@ from torch import nn
 from executor import state
 from executor.errors import PlanDoesNotFit
 from executor.recompute import Checkpoints, Stretch, nest
+from executor.state import Tree
 from planner.plan import Plan
 from profiler.chain import Call
 from profiler.chunked import ChunkedLoss, ChunkedLossError
@@ -147,7 +148,7 @@ class PreparedStep:
     def barrier(self) -> None:
         """There is nobody to wait for."""
 
-    def state(self) -> state.Tree:
+    def state(self) -> Tree:
         """Weights, the optimizer's state, and the loss scaler where there is one."""
         scaler = self.stepper.scaler
         return {

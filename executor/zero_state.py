@@ -21,17 +21,23 @@ if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
 _SCALER = "loss_scaler"
-_FLAGS = ("dynamic_loss_scale", "overflow")
+_FLAGS: tuple[str, ...] = ("dynamic_loss_scale", "overflow")
 
 _FLAT_INNER = "base_optimizer_state"
 _FLAT_PARTITIONS = "single_partition_of_fp32_groups"
-_FLAT_SETTINGS = (*_FLAGS, "clip_grad", "group_paddings", "param_alignment_paddings", "ds_version")
-_FLAT_DERIVED = ("zero_stage", "partition_count", "param_slice_mappings")
+_FLAT_SETTINGS: tuple[str, ...] = (
+    *_FLAGS,
+    "clip_grad",
+    "group_paddings",
+    "param_alignment_paddings",
+    "ds_version",
+)
+_FLAT_DERIVED: tuple[str, ...] = ("zero_stage", "partition_count", "param_slice_mappings")
 """Follow from the plan and the model."""
 
 _SCATTERED_INNER = "optimizer_state_dict"
 _SCATTERED_PARTITIONS = "fp32_flat_groups"
-_SCATTERED_DERIVED = ("zero_stage", "partition_count")
+_SCATTERED_DERIVED: tuple[str, ...] = ("zero_stage", "partition_count")
 
 
 def take(engine: DeepSpeedEngine) -> Tree:
