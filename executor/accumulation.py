@@ -89,7 +89,8 @@ class GradientSpread(StepObserver):
         self._seen.clear()
         self._norms.clear()
         self._handles += [
-            parameter.register_hook(self._hook(index)) for index, parameter in enumerate(self._parameters)
+            parameter.register_hook(self._hook(index))  # type: ignore[no-untyped-call]
+            for index, parameter in enumerate(self._parameters)
         ]
 
     def backward_ended(self, micro_batch: int) -> None:

@@ -113,4 +113,4 @@ def beta2_at(reference_beta2: float, batch_ratio: float) -> float:
         raise ValueError(f"reference_beta2 must be at least 0 and below 1, got {reference_beta2}.")
     if not (0 < batch_ratio < math.inf):
         raise ValueError(f"batch_ratio must be positive and finite, got {batch_ratio}.")
-    return reference_beta2**batch_ratio
+    return math.pow(reference_beta2, batch_ratio)

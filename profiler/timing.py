@@ -101,7 +101,13 @@ def on_device(workload: Workload, device: torch.device) -> Iterator[Workload]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Every tensor of a batch on ``device``."""
+    """Every tensor of a batch on ``device``. Most batches are plain containers, which need not pytree's slow walk."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if type(batch) is dict:
+        return {name: to_device(value, device) for name, value in batch.items()}
+    if type(batch) in (list, tuple):
+        return type(batch)([to_device(value, device) for value in batch])
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 

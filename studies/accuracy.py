@@ -22,7 +22,6 @@ import argparse
 import json
 import os
 import random
-import re
 import statistics
 import sys
 import tempfile
@@ -41,7 +40,7 @@ from planner.plan import Choice, Plan
 from profiler import catalogue, records
 from profiler.device import describe
 from profiler.profile_record import KEEPINGS, DeviceRecord, Keeping, PrecisionMemory, Profile
-from studies.runs import RESULTS, document, provenance, run, write
+from studies.runs import RESULTS, document, name_on, provenance, run, write
 
 TIME_LIMIT_SECONDS = 600.0
 
@@ -144,8 +143,7 @@ class Results:
 
     def __init__(self, device: DeviceRecord) -> None:
         self._device = device
-        name = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
-        self._name = f"accuracy-{name}"
+        self._name = name_on("accuracy", device)
         self.path = RESULTS / f"{self._name}.json"
         self.rows: list[Row] = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
 

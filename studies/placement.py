@@ -53,7 +53,8 @@ from profiler.timing import stepper_for, to_device
 from profiler.unmeasured import profile_unmeasured, target_of
 from profiler.workload import Workload
 from studies import sac
-from studies.runs import RESULTS, provenance, write
+from studies.runs import RESULTS, name_on, provenance, write
+from studies.turns import in_turns
 from studies.workloads import classifier, gpt2_medium, language_model
 
 BUDGETS = (0.8, 0.65, 0.5)
@@ -335,16 +336,13 @@ def measured(case: Case, device: torch.device) -> list[Row]:
 
 def _in_turns(run: dict[str, Callable[[], Applied]], steps: Steps) -> dict[str, list[float]]:
     """Of each strategy the step's time over the plain one's, round after round."""
-    ratios: dict[str, list[float]] = {name: [] for name in run}
-    for _ in range(ROUNDS):
-        before = steps.run(run["plain"]())
-        for name, make in run.items():
-            gc.collect()
-            taken = steps.run(make())
-            after = steps.run(run["plain"]())
-            ratios[name].append(taken / ((before + after) / 2))
-            before = after
-    return ratios
+
+    def seconds_of(name: str) -> float:
+        gc.collect()
+        return steps.run(run[name]())
+
+    ratios, _ = in_turns(seconds_of, list(run), "plain", ROUNDS)
+    return dict(zip(run, ratios, strict=True))
 
 
 def main() -> int:
@@ -365,7 +363,7 @@ def main() -> int:
     device = devices.resolve(options.device)
     cases = ON_CUDA if device.type == "cuda" else ON_CPU
     rows: list[Row] = []
-    name = "placement-" + devices.describe(device).name.lower().split(" with")[0].replace(" ", "-")[:24]
+    name = name_on("placement", devices.describe(device))
     head = provenance(f"python -m studies.placement --device {options.device}")
     for case in cases:
         if options.only not in (None, case.name):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from profiler.profile_record import DeviceRecord
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,6 +48,12 @@ def provenance(command: str) -> dict[str, Any]:
         "commit": commit.stdout.strip() or None,
         "versions": versions(),
     }
+
+
+def name_on(study: str, device: DeviceRecord) -> str:
+    """What the results of a study on one device are called."""
+    model = device.name.lower().split(" with")[0]
+    return f"{study}-" + re.sub(r"[^a-z0-9]+", "-", model).strip("-")[:24]
 
 
 def write(name: str, results: dict[str, Any]) -> Path:

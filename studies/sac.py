@@ -86,9 +86,7 @@ class SacPlanner:
             return None
         found = {}
         for name, share in discarded.items():
-            kept = self._solver.get_optimal_checkpointing_policy_per_module(
-                self._statistics[name], 1 - share
-            )
+            kept = self._solver.get_optimal_checkpointing_policy_per_module(self._statistics[name], 1 - share)
             found[name.partition(".")[2]] = [bool(each) for each in kept]
         return found
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -49,7 +48,7 @@ from profiler.unmeasured import profile_unmeasured, target_of
 from profiler.workload import Workload
 from studies import execution
 from studies.placement import Flat
-from studies.runs import RESULTS, provenance, write
+from studies.runs import RESULTS, name_on, provenance, write
 from studies.wall import ENVIRONMENT
 from studies.workloads import classifier
 
@@ -352,7 +351,7 @@ def main() -> int:
     if not cases:
         parser.error(f"--only {options.only} must be part of a case's name: {', '.join(CASES)}.")
     device = describe(torch.device("cpu"))
-    name = "search-" + re.sub(r"[^a-z0-9]+", "-", device.name.lower().split(" with")[0]).strip("-")[:24]
+    name = name_on("search", device)
     path = RESULTS / f"{name}.json"
     kept: dict[str, Any] = json.loads(path.read_text())["cases"] if path.exists() else {}
     for case in cases:

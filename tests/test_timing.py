@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from planner.search import PrecisionNotProfiled
 from planner.time import step_parts
 from profiler import device as devices
 from profiler.chain import discover
-from profiler.timing import measure_times, on_device
+from profiler.timing import measure_times, on_device, to_device
 from profiler.workspaces import Workspaces
 
 CPU = torch.device("cpu")
@@ -192,3 +194,24 @@ def test_a_profile_on_cuda_predicts_the_allocators_peak() -> None:
     check = profile.memory_check
     assert check.measured_reserved_bytes is not None
     assert checked_peak_bytes(profile) == pytest.approx(check.measured_bytes, rel=0.03)
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    label: str
+
+
+def test_a_batch_on_its_way_to_the_device_keeps_its_containers_and_what_is_no_tensor() -> None:
+    x = torch.ones(2)
+    batch = {"a": x, "b": (x, [x, 3, None]), "c": Pair(x, "cat"), "d": OrderedDict(e=x)}
+    moved = to_device(batch, torch.device("meta"))
+    assert list(moved) == ["a", "b", "c", "d"]
+    assert type(moved["b"]) is tuple
+    assert type(moved["b"][1]) is list
+    assert moved["b"][1][1:] == [3, None]
+    assert type(moved["c"]) is Pair
+    assert moved["c"].label == "cat"
+    assert type(moved["d"]) is OrderedDict
+    tensors = (moved["a"], moved["b"][0], moved["b"][1][0], moved["c"].x, moved["d"]["e"])
+    assert all(tensor.device.type == "meta" for tensor in tensors)
+    assert x.device == CPU
