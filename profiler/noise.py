@@ -36,7 +36,7 @@ MICRO_BATCHES = 8
 CONFIDENCE = 0.95
 
 SAME_GRADIENT = 1e-5
-"""Variance below this share of the gradient's squared norm is rounding: a sum in fp32 is off by 1e-7 and a little."""
+"""Variance below this share of the gradient's squared norm is rounding, which is a few times 1e-6 in ``norms``."""
 
 PIECE_ELEMENTS = 2**18
 """Of a tensor on a CPU, how many are summed in fp32."""

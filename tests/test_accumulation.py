@@ -455,19 +455,34 @@ def follow(controller: AccumulationController, steps: Iterable[Any]) -> list[Any
     return decisions
 
 
-@given(any_settings, observations, st.integers(0, 40))
+def test_patience_and_the_wait_for_a_probing_step_go_on_where_they_were() -> None:
+    def resumed(controller: AccumulationController, how: AdaptiveAccumulation) -> AccumulationController:
+        again = AccumulationController(how, how.k_max)
+        again.restore(json.loads(json.dumps(controller.state())))
+        return again
+
+    how = settings(patience=3)
+    controller = AccumulationController(how, 4)
+    assert [told(controller, 1.0, 12.0).k, told(controller, 1.0, 12.0).k] == [4, 4]
+    assert told(resumed(controller, how), 1.0, 12.0).k == 5
+    how = settings(k_min=1, probe_every=3)
+    controller = AccumulationController(how, 1)
+    follow(controller, [None, None])
+    assert resumed(controller, how).k == 2
+
+
+@given(any_settings, observations, observations)
 def test_restored_from_json_half_way_it_decides_the_same_to_the_bit(
-    how: AdaptiveAccumulation, steps: list[Any], cut: int
+    how: AdaptiveAccumulation, before: list[Any], after: list[Any]
 ) -> None:
     controller = AccumulationController(how, 5)
-    first = follow(controller, steps[:cut])
+    follow(controller, before)
     saved = json.loads(json.dumps(controller.state()))
     resumed = AccumulationController(how, how.k_max)
     resumed.restore(saved)
     assert resumed.k == controller.k
-    assert follow(resumed, steps[cut:]) == follow(controller, steps[cut:])
+    assert follow(resumed, after) == follow(controller, after)
     assert resumed.state() == controller.state()
-    assert len(first) == len(steps[:cut])
 
 
 @given(any_settings, observations)
