@@ -505,7 +505,12 @@ class Run:
         """Let the step's gradients say how many micro-batches the next one has."""
         k = self.state.gradient_accumulation_steps
         if self._steps_with_plan > METERED_STEP:
+            undecided = self._guard.every is None
             self._guard.stepped(seconds, k=k, observed=observed)
+            if undecided and (every := self._guard.every) is not None and every > 1:
+                self._progress.announced(
+                    f"looking at the noise costs too much: in one of {every} steps from now on"
+                )
         spread = self._spread.take() if observed and applied and self._spread is not None else None
         if spread is None:
             controller.skip()
