@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -69,16 +70,15 @@ class GradientSpread(StepObserver):
         self._stepper = stepper
         self._parameters: list[torch.Tensor] = []
         self._handles: list[Any] = []
+        weakref.finalize(self, _take_off, self._handles)
         self._seen: set[int] = set()
         self._norms: list[torch.Tensor] = []
         self._squares: list[torch.Tensor] = []
         self._whole: torch.Tensor | None = None
 
     def remove(self) -> None:
-        """Take the hooks off that a backward pass has left when it raised."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """Take the hooks off that a backward pass has left when it raised; they also go with this object."""
+        _take_off(self._handles)
 
     def backward_begins(self, micro_batch: int) -> None:
         self.remove()
@@ -123,22 +123,35 @@ class GradientSpread(StepObserver):
         return Spread(mean_square=mean_square, square_of_mean=square_of_mean, k=k)
 
     def _hook(self, index: int) -> Callable[[torch.Tensor], None]:
+        reference = weakref.ref(self)
+
         def see(gradient: torch.Tensor) -> None:
-            if index in self._seen:
-                raise SpreadError(
-                    "The gradient of a parameter must come as a whole for its norm to be told, and that of "
-                    f"{self._name(index)} came in parts, as reentrant checkpoints bring it. Use "
-                    "use_reentrant=False, or train with a fixed k."
-                )
-            self._seen.add(index)
-            self._norms += norms(gradient)
+            spread = reference()
+            if spread is not None:
+                spread._see(index, gradient)
 
         return see
+
+    def _see(self, index: int, gradient: torch.Tensor) -> None:
+        if index in self._seen:
+            raise SpreadError(
+                "The gradient of a parameter must come as a whole for its norm to be told, and that of "
+                f"{self._name(index)} came in parts, as reentrant checkpoints bring it. Use "
+                "use_reentrant=False, or train with a fixed k."
+            )
+        self._seen.add(index)
+        self._norms += norms(gradient)
 
     def _name(self, index: int) -> str:
         parameter = self._parameters[index]
         names = (name for name, each in self._stepper.model.named_parameters() if each is parameter)
         return next(names, f"one of shape {tuple(parameter.shape)}")
+
+
+def _take_off(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

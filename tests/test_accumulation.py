@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import itertools
@@ -185,6 +186,38 @@ def test_a_gradient_that_comes_in_parts_is_refused_and_the_hooks_can_be_taken_of
     spread.remove()
     assert hooks_on(stepper.model) == 0
     stepper.step(batches, 4)
+
+
+class Refuses(torch.autograd.Function):
+    """The identity, whose backward pass runs out of memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise RuntimeError("out of memory")
+
+
+def test_after_a_backward_pass_that_died_another_observer_sees_what_it_should() -> None:
+    """As when a run goes on with a smaller plan: nobody takes the first one's hooks off, and it is gone."""
+    stepper, batches = blocks(reentrant=False)
+    expected = brute_force(stepper, batches)
+    inlet = stepper.model.inlet
+    handle = inlet.register_forward_hook(lambda module, args, output: Refuses.apply(output))
+
+    def dies() -> None:
+        with contextlib.suppress(RuntimeError):
+            stepper.step(batches, 4, GradientSpread(stepper))
+
+    dies()
+    handle.remove()
+    assert any(parameter.grad is not None for parameter in stepper.model.parameters())
+    assert hooks_on(stepper.model) == 0
+    stepper.optimizer.zero_grad()
+    stepper.model.calls = 0
+    assert_alike(observed(stepper, batches), expected)
 
 
 def hooks_on(model: nn.Module) -> int:
