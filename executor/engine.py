@@ -9,19 +9,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from executor import state
 from executor.errors import PlanDoesNotFit
 from executor.recompute import Checkpoints, Stretch, nest
+from executor.state import Tree
 from planner.plan import Plan
 from profiler.chain import Call
 from profiler.chunked import ChunkedLoss, ChunkedLossError
 from profiler.device import keep_freed_memory
-from profiler.step import SILENT, Loss, StepObserver, Stepper, build_scaler
+from profiler.step import Loss, StepObserver, Stepper, build_scaler
 from profiler.timing import to_device
 from profiler.workload import split
 
@@ -35,8 +38,10 @@ def check_one_process(plan: Plan) -> None:
         )
 
 
-def apply_checkpoints(model: nn.Module, plan: Plan) -> Checkpoints:
+def apply_checkpoints(model: nn.Module, plan: Plan, *, hooked: bool = False) -> Checkpoints:
     """Put the plan's recomputed segments on the model; ``remove()`` of what is returned takes them off.
+
+    ``hooked``: the model has hooks that replace tensors, as ``Checkpoints`` says.
 
     Raises PlanDoesNotFit, before anything changes, when the model has not the modules that the plan names.
     """
@@ -61,28 +66,115 @@ def apply_checkpoints(model: nn.Module, plan: Plan) -> Checkpoints:
             chunked = ChunkedLoss(model, plan.loss_chunks)
         except ChunkedLossError as error:
             raise PlanDoesNotFit(f"The plan for {plan.model} has the loss in chunks. {error}") from error
-    return Checkpoints(model, nest(stretches), chunked)
+    return Checkpoints(model, nest(stretches), chunked, hooked=hooked)
+
+
+class _Norm(StepObserver):
+    """Keeps the gradient norm of the last step, where it was made."""
+
+    def __init__(self) -> None:
+        self.value: torch.Tensor | None = None
+
+    def updated(self, gradient_norm: torch.Tensor | None, applied: bool | None) -> None:
+        self.value = gradient_norm
 
 
 class PreparedStep:
-    """One planned optimizer step at a call; see ``prepare``."""
+    """One planned optimizer step at a call; see ``prepare``. It is an ``Engine`` (executor/engines.py)."""
+
+    rank = 0
+    world_size = 1
+    is_first = True
 
     def __init__(self, stepper: Stepper, plan: Plan, checkpoints: Checkpoints) -> None:
         self.stepper = stepper
         self.checkpoints = checkpoints
         self._plan = plan
         self._device = next(stepper.model.parameters()).device
+        self._norm = _Norm()
 
-    def __call__(self, batch: Any, observer: StepObserver = SILENT) -> torch.Tensor:
+    def __call__(
+        self,
+        batch: Any,
+        observer: StepObserver | None = None,
+        gradient_accumulation_steps: int | None = None,
+    ) -> torch.Tensor:
         """Run one step on a global batch (or an iterable of its micro-batches); return the mean loss, detached.
 
-        Raises ValueError when the batch does not hold ``global_batch_size`` samples.
+        ``gradient_accumulation_steps``: micro-batches of this step, where they are not the plan's; memory is the same.
+        Raises ValueError when the batch does not hold as many samples.
         """
-        k = self._plan.gradient_accumulation_steps
+        k = gradient_accumulation_steps or self._plan.gradient_accumulation_steps
         micro_batches = (
-            batch if isinstance(batch, Iterator) else split(batch, self._plan.global_batch_size, k)
+            batch if isinstance(batch, Iterator) else split(batch, k * self._plan.micro_batch_size, k)
         )
-        return self.stepper.step((to_device(mb, self._device) for mb in micro_batches), k, observer)
+        self._norm.value = None
+        on_device = (to_device(mb, self._device) for mb in micro_batches)
+        return self.stepper.step(on_device, k, observer or self._norm)
+
+    def step(self, batch: Any) -> torch.Tensor:
+        """A call, by the name that all engines have for it."""
+        return self(batch)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.stepper.model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.stepper.optimizer
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """Of the last step, before clipping; None before the first, without clipping, and under an observer."""
+        return None if self._norm.value is None else float(self._norm.value)
+
+    @property
+    def skipped(self) -> bool | None:
+        """Whether the last step changed nothing because scaled fp16 gradients overflowed; None: not known."""
+        if self.stepper.scaler is None:
+            return False
+        norm = self.gradient_norm
+        return None if norm is None else not math.isfinite(norm)
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """There is one process: its own."""
+        return value
+
+    def agree(self, flag: bool) -> bool:
+        """There is one process: its own."""
+        return flag
+
+    def barrier(self) -> None:
+        """There is nobody to wait for."""
+
+    def state(self) -> Tree:
+        """Weights, the optimizer's state, and the loss scaler where there is one."""
+        scaler = self.stepper.scaler
+        return {
+            "engine": "torch",
+            "weights": dict(state.detached(state.weights(self.model))),
+            "optimizer": state.optimizer_tree(self.optimizer.state_dict()),
+            "scaler": None if scaler is None else state.plain(scaler.state_dict(), "scaler"),
+        }
+
+    def load_state(self, tree: Any) -> None:
+        """Go on from a state. ValueError, before anything changes, when it is another model's."""
+        scaler = self.stepper.scaler
+        state.check_made_by(tree, engine="torch")
+        if (scaler is None) != (tree["scaler"] is None):
+            raise ValueError(
+                f"The state must be of the plan's precision, {self._plan.precision}, and only one of fp16 has a loss "
+                "scaler. Resume with the plan that it was saved with."
+            )
+        state.fill(state.weights(self.model), tree["weights"])
+        self.optimizer.load_state_dict(state.optimizer_state_dict(tree["optimizer"]))
+        if scaler is not None:
+            scaler.load_state_dict(tree["scaler"])
+
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """The model's parameters and buffers, each once, under the first of its names."""
+        return state.detached(state.weights(self.model))
 
     def remove(self) -> None:
         """Take the plan's segments off the model."""
@@ -96,11 +188,13 @@ def prepare(
     loss: Loss,
     *,
     max_gradient_norm: float | None = 1.0,
+    skip_not_finite: bool = False,
 ) -> PreparedStep:
     """Make ``step(batch)`` of a plan for a model and optimizer of yours; ``loss(model, micro_batch)`` is a scalar.
 
-    The learning-rate schedule stays yours: step it after ``step``. On a CPU the process keeps freed memory from now
-    on, as it did while it was profiled. Raises PlanDoesNotFit for another model's plan.
+    The learning-rate schedule stays yours: step it after ``step``. ``skip_not_finite``: gradients that are not finite
+    update nothing. On a CPU the process keeps freed memory from now on, as it did while it was profiled. Raises
+    PlanDoesNotFit for another model's plan.
     """
     check_one_process(plan)
     checkpoints = apply_checkpoints(model, plan)
@@ -115,5 +209,6 @@ def prepare(
         device_type=device_type,
         scaler=build_scaler(plan.precision, device_type),
         max_gradient_norm=max_gradient_norm,
+        skip_not_finite=skip_not_finite,
     )
     return PreparedStep(stepper, plan, checkpoints)

@@ -5,3 +5,29 @@ from __future__ import annotations
 
 class PlanDoesNotFit(ValueError):
     """The plan was made for another model or another device than the one it should run on."""
+
+
+class OutOfMemory(Exception):
+    """Training ran out of memory, and no plan is left that needs less."""
+
+
+class NotFinite(Exception):
+    """Training made losses or gradients that are no finite numbers, step after step."""
+
+
+class Interrupted(Exception):
+    """Training was asked to stop by a signal, and has saved what it had done if it was to save anything."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation was refused. A CPU's allocator has no exception of its own for it."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    refusals = ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
+    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in refusals)

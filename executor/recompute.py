@@ -90,10 +90,19 @@ class Checkpoints:
 
     ``counts[i]`` is how often segment i ran without being kept and how often it was replayed, for tests and reports;
     a segment is followed by those inside of it.
+
+    ``hooked``: the modules have hooks already that put tensors of their own in the place of others (DeepSpeed's at
+    stage 3 of ZeRO). Those of the modules that a segment calls are called again with them. Around the others, which it
+    begins or ends inside of, a hook must give back the memory that it was given, and the replay leaves it out.
     """
 
     def __init__(
-        self, model: nn.Module, stretches: Sequence[Stretch], chunked_loss: ChunkedLoss | None = None
+        self,
+        model: nn.Module,
+        stretches: Sequence[Stretch],
+        chunked_loss: ChunkedLoss | None = None,
+        *,
+        hooked: bool = False,
     ) -> None:
         modules = dict(model.named_modules())
         every = [each for stretch in stretches for each in stretch.with_all_inside()]
@@ -113,10 +122,11 @@ class Checkpoints:
         self._replaying = False
         self._changed_buffers: dict[int, list[torch.Tensor]] = {}
         self._handles: list[Any] = []
+        self._passing: list[list[Any]] = []
         if every:
-            self._watch(modules, every)
+            self._watch(modules, every, hooked)
 
-    def _watch(self, modules: dict[str, nn.Module], every: Sequence[Stretch]) -> None:
+    def _watch(self, modules: dict[str, nn.Module], every: Sequence[Stretch], hooked: bool) -> None:
         """Put the hooks on the model; with nothing to recompute it has none, and loses no time to them."""
         boundaries = {c.module for s in every for c in (s.enter, s.leave) if c is not None}
         ancestors = {name[:i] for name in boundaries for i, char in enumerate(name) if char == "."} | {""}
@@ -127,6 +137,8 @@ class Checkpoints:
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
             if name in whole:
                 self._handles.append(module.register_forward_hook(self._left, always_call=True))
+        for name in sorted(ancestors - {""}) if hooked else ():
+            self._handles.extend(self._watch_hooks(modules[name]))
         self._handles.append(self._model.register_forward_pre_hook(self._begin, prepend=True))
         self._handles.append(self._model.register_forward_hook(self._end, always_call=True))
 
@@ -139,10 +151,35 @@ class Checkpoints:
             handle.remove()
         self._handles.clear()
 
+    def _watch_hooks(self, module: nn.Module) -> Iterator[Any]:
+        """Hooks before and after all others of a module, that note what became of each tensor between them."""
+
+        def note(leaves: list[Any]) -> None:
+            before = self._passing.pop()
+            if self._open is None or self._replaying or self._open.depth:
+                return
+            if len(before) == len(leaves):
+                for old, new in zip(before, leaves, strict=True):
+                    self._open.stands_for(new, old)
+
+        yield module.register_forward_pre_hook(
+            lambda module, args, kwargs: self._passing.append(tree_leaves((args, kwargs))),
+            with_kwargs=True,
+            prepend=True,
+        )
+        yield module.register_forward_pre_hook(
+            lambda module, args, kwargs: note(tree_leaves((args, kwargs))), with_kwargs=True
+        )
+        yield module.register_forward_hook(
+            lambda module, args, output: self._passing.append(tree_leaves(output)), prepend=True
+        )
+        yield module.register_forward_hook(lambda module, args, output: note(tree_leaves(output)))
+
     def _begin(self, module: nn.Module, args: Any) -> None:
         if not self._replaying:
             self._close()
             self._calls.clear()
+            self._passing.clear()
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._replaying:
@@ -371,6 +408,7 @@ class _Recorder(TorchFunctionMode):
         self._kept_needed = 0
         self._slots: dict[int, tuple[Any, int, bool]] = {}
         self._things: dict[int, tuple[Any, int]] = {}
+        self._standing: dict[int, tuple[Any, torch.Tensor]] = {}
         self._slot_count = 0
         self._holders: list[weakref.ref[_Holder]] = []
         self._inside: nn.Module | None = None
@@ -425,6 +463,7 @@ class _Recorder(TorchFunctionMode):
             self._owner.note_buffers(self._owner.index(self.stretch), self._versions)
         self._slots.clear()
         self._things.clear()
+        self._standing.clear()
         self._pending = self._inside = None
         last_use: dict[int, int] = {}
         for position, call in enumerate(self._calls):
@@ -484,10 +523,24 @@ class _Recorder(TorchFunctionMode):
                 raise _outside_of_any_module(leaf)
             return _Slot(known[1])
         if isinstance(leaf, torch.Tensor):
+            standing = self._standing.get(id(leaf))
+            if standing is not None and standing[0]() is leaf:
+                return standing[1]
             if leaf.requires_grad and not leaf.is_leaf:
                 self._check_input(leaf)
             return leaf
         return self._thing(leaf) if _has_state(leaf) else leaf
+
+    def stands_for(self, tensor: Any, other: Any) -> None:
+        """One tensor is the other to a replay, when it is the same memory."""
+        if tensor is other or not _is_same_memory(tensor, other):
+            return
+        known = self._slots.get(id(other))
+        if known is not None and known[0]() is other:
+            self._slots[id(tensor)] = (weakref.ref(tensor), known[1], True)
+        else:
+            self._check_input(other)
+            self._standing[id(tensor)] = (weakref.ref(tensor), other)
 
     def _thing(self, leaf: Any) -> _Thing:
         _, index = self._things.setdefault(id(leaf), (leaf, len(self._things)))
@@ -655,6 +708,19 @@ def _is_made_by_custom_function(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and isinstance(
         leaf.grad_fn, torch.autograd.function.BackwardCFunction
     )
+
+
+def _is_same_memory(one: Any, other: Any) -> bool:
+    """Whether two things are tensors that are the same elements in the same places."""
+    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
+        return False
+    with torch._C.DisableTorchFunction():  # Asking is nothing to record.
+        return (one.data_ptr(), one.dtype, one.shape, one.stride()) == (
+            other.data_ptr(),
+            other.dtype,
+            other.shape,
+            other.stride(),
+        )
 
 
 def _outside_of_any_module(tensor: torch.Tensor) -> SegmentError:

@@ -10,18 +10,15 @@ dies with its parent.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import os
-import signal
 import sys
 import traceback
 from pathlib import Path
 
+from executor.errors import is_out_of_memory
+from executor.parent import die_with
 from planner.outcome import TrialResult
 from planner.plan import Plan, load_plan
 from profiler import records
-
-PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
@@ -33,7 +30,7 @@ def main() -> int:
     parser.add_argument("--parent", type=int, help="die with this process")
     options = parser.parse_args()
     if options.parent is not None:
-        _die_with(options.parent)
+        die_with(options.parent)
     plan = load_plan(options.plan)
     result = measured(plan, options.steps, options.wall_bytes)
     records.write(options.result, result)
@@ -70,16 +67,6 @@ def measured(plan: Plan, steps: int, wall_bytes: int | None) -> TrialResult:
     )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation was refused. A CPU's allocator has no exception of its own for it."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    refusals = ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
-    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in refusals)
-
-
 def raise_wall(device_type: str, wall_bytes: int) -> None:
     """From now on this process gets ``wall_bytes`` more memory and no more. ValueError where there is no such wall."""
     import torch
@@ -100,15 +87,6 @@ def data_bytes() -> int:
     """What ``RLIMIT_DATA`` counts: private memory that can be written to."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData"))
-
-
-def _die_with(parent: int) -> None:
-    """Be killed when the parent is gone, however it went; elsewhere than on Linux this is not to be had."""
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        raise SystemExit("The process that asked for this trial is gone.")
 
 
 if __name__ == "__main__":

@@ -178,6 +178,11 @@ def _relative(predicted: float | None, measured: float | None) -> float | None:
 def device_of(plan: Plan) -> torch.device:
     """The plan's device, when it is here. Raises PlanDoesNotFit otherwise, and for a plan of several processes."""
     check_one_process(plan)
+    return device_here(plan)
+
+
+def device_here(plan: Plan) -> torch.device:
+    """The same in one of several processes, which has joined the others: it took the plan's threads, or its own GPU."""
     if plan.device.kind == "cuda" and not torch.cuda.is_available():
         raise PlanDoesNotFit(
             f"The plan was made for {plan.device.name}, and this machine has no CUDA device. "

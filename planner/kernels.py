@@ -150,7 +150,7 @@ def fill_steps(
                     if (
                         way >= 0
                     ):  # Another way to treat stage i, behind which it goes on as behind a kept one.
-                        if j < length or option_need[way, i] < 0:
+                        if j < length or i == j or option_need[way, i] < 0:
                             continue
                         low, hold, inside = option_need[way, i], option_hold[way, i], 0
                         rest, rest_end, back, back_end = begin[c, i + 1, j], end[c, i + 1, j], 0, 1

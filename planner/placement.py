@@ -30,6 +30,7 @@ heterogeneous chains" (arXiv 1911.13214), with one level of recomputation, or as
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -47,7 +48,8 @@ Schedule = tuple[tuple[str, int], ...]
 KEPT, RECOMPUTED, FIRST_OPTION = range(3)
 
 COMPILED_FROM_STAGES = 64
-"""The recursion over shorter chains takes milliseconds in numpy, less than it takes to load a compiled one."""
+"""The recursion over shorter chains takes milliseconds in numpy, less than it takes to load a compiled one. Once that
+is loaded, a frontier takes a quarter of them with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +289,8 @@ def frontier(chain: Chain, nested: bool = False) -> tuple[tuple[float, float], .
     The optimum for a budget is the last point whose peak fits; below the first point nothing fits.
     `nested`: what is recomputed may itself recompute.
     """
-    return _solved(chain, nested).points
+    compiled_from = 0 if "planner.kernels" in sys.modules else COMPILED_FROM_STAGES
+    return _solved(chain, nested, compiled_from).points
 
 
 def place(chain: Chain, memory_budget: float, nested: bool = False) -> Placement | None:
@@ -302,9 +305,9 @@ def place(chain: Chain, memory_budget: float, nested: bool = False) -> Placement
     return Placement(cost=cost, peak=peak, segments=segments, schedule=schedule)
 
 
-def _solved(chain: Chain, nested: bool) -> Frontier | _FromTables:
-    """By whatever is fastest: all of them are exact."""
-    if not nested and len(chain.forward) < COMPILED_FROM_STAGES:
+def _solved(chain: Chain, nested: bool, compiled_from: int = COMPILED_FROM_STAGES) -> Frontier | _FromTables:
+    """By whatever is fastest: all are exact. Of plans that need and cost the same, two ways may take different ones."""
+    if not nested and len(chain.forward) < compiled_from:
         return pareto(chain_units(chain))
     (f, b), time_shift = _whole(chain.forward, chain.backward)
     (x, xb, tf, tb), size_shift = _whole(

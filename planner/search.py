@@ -622,7 +622,7 @@ def _deeper(profile: Profile, candidate: _Candidate) -> _Candidate:
 
 
 def _recomputable(stage: StageRecord, distribution: Distribution) -> bool:
-    """ZeRO stage 3 recomputes nothing: its gathering cannot be replayed (executor/distributed.py)."""
+    """ZeRO stage 3 recomputes nothing here: the executor could, and what gathering again costs nobody has measured."""
     return stage.recomputable and distribution.zero_stage < 3
 
 

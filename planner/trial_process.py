@@ -83,22 +83,22 @@ def run_in_process(plan: Plan, terms: TrialTerms) -> Ended:
         wall = wall_bytes(plan)
         if wall is not None:
             command += ["--wall-bytes", str(wall)]
-        killed_before = _killed_for_memory()
+        killed_before = killed_for_memory()
         with said.open("wb") as output:
             child = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
             try:
                 status = child.wait(terms.time_limit(chosen(plan)))
             except subprocess.TimeoutExpired:
-                return Ended("timeout", None, _last_lines(said))
+                return Ended("timeout", None, last_lines(said))
             finally:
                 _end(child)
         if result.exists():
             found = records.read(result, TrialResult)
             return Ended(found.outcome, found if found.outcome == "ok" else None, found.message)
-        if status == -signal.SIGKILL and _killed_for_memory() > killed_before:
+        if status == -signal.SIGKILL and killed_for_memory() > killed_before:
             return Ended("out_of_memory", None, "The kernel killed it: the machine had no memory left.")
         how = f"exit status {status}" if status >= 0 else f"killed by {signal.Signals(-status).name}"
-        return Ended("crash", None, f"{how}\n{_last_lines(said)}".rstrip())
+        return Ended("crash", None, f"{how}\n{last_lines(said)}".rstrip())
 
 
 def wall_bytes(plan: Plan) -> int | None:
@@ -117,12 +117,12 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
-def _last_lines(said: Path) -> str:
+def last_lines(said: Path) -> str:
     lines = said.read_text(errors="replace").splitlines()
     return "\n".join(lines[-LAST_LINES:])
 
 
-def _killed_for_memory() -> int:
+def killed_for_memory() -> int:
     """How many processes the kernel has killed for memory since it started; 0 where it does not say."""
     try:
         counters = Path("/proc/vmstat").read_text().split()

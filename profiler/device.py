@@ -87,6 +87,9 @@ def synchronize(device: torch.device) -> None:
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of mallopt(3)."""
 
+DEFAULT_TRIM_THRESHOLD, DEFAULT_MMAP_MAX = 128 * 2**10, 65536
+"""What glibc begins with."""
+
 
 @functools.cache
 def keep_freed_memory() -> bool:
@@ -98,6 +101,21 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def release_freed_memory(device: torch.device) -> None:
+    """Give what is freed but kept back, and on a CPU keep no more: for a process that was refused memory."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
+    if not sys.platform.startswith("linux"):
+        return
+    library = ctypes.CDLL(None)
+    mallopt, trim = getattr(library, "mallopt", None), getattr(library, "malloc_trim", None)
+    if mallopt is not None and trim is not None:
+        mallopt(M_MMAP_MAX, DEFAULT_MMAP_MAX)
+        mallopt(M_TRIM_THRESHOLD, DEFAULT_TRIM_THRESHOLD)
+        trim(0)
 
 
 def _is_limited() -> bool:

@@ -144,7 +144,7 @@ def replace_whole(path: str | os.PathLike[str], write: Callable[[IO[bytes]], obj
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_directory(target.parent)
+    sync_directory(target.parent)
 
 
 def sha256(document: Document) -> str:
@@ -204,7 +204,7 @@ def _refusal(message: str) -> RecordError:
     )
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Makes the rename itself durable. Windows cannot open a directory and needs no such step."""
     if os.name == "nt":
         return

@@ -38,6 +38,12 @@ class StepObserver:
 
     def optimizer_begins(self) -> None: ...
 
+    def updated(self, gradient_norm: torch.Tensor | None, applied: bool | None) -> None:
+        """``gradient_norm``: of all gradients, before they were clipped; None where nothing is clipped.
+
+        ``applied``: whether the weights were updated; None where nobody waited to see whether a scaler skipped it.
+        """
+
     def step_ended(self) -> None: ...
 
 
@@ -46,7 +52,11 @@ SILENT = StepObserver()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stepper:
-    """All that an optimizer step needs except the data. ``max_gradient_norm`` None means no clipping."""
+    """All that an optimizer step needs except the data. ``max_gradient_norm`` None means no clipping.
+
+    ``skip_not_finite``: gradients that are not finite update nothing, in any precision, as a scaler has it in fp16; to
+    see it, the step waits for the device before its update.
+    """
 
     model: nn.Module
     loss: Loss
@@ -55,6 +65,7 @@ class Stepper:
     device_type: str
     scaler: torch.amp.GradScaler | None = None
     max_gradient_norm: float | None = 1.0
+    skip_not_finite: bool = False
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtype = AUTOCAST_DTYPES.get(self.precision)
@@ -93,21 +104,35 @@ class Stepper:
         if seen != k or total is None:
             raise ValueError(f"A step takes gradient_accumulation_steps = {k} micro-batches, got {seen}.")
         observer.optimizer_begins()
-        self._update()
+        self._update(observer)
         observer.step_ended()
         return total
 
-    def _update(self) -> None:
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
+    def _update(self, observer: StepObserver) -> None:
+        scaler = self.scaler
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        norm = None
         if self.max_gradient_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_gradient_norm)
-        if self.scaler is not None:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_gradient_norm)
+        applied: bool | None = True
+        if scaler is not None:
+            scale = scaler.get_scale() if self.skip_not_finite else None
+            scaler.step(self.optimizer)
+            scaler.update()
+            applied = None if scale is None else scaler.get_scale() >= scale
+        elif not self.skip_not_finite or self._is_finite(norm):
             self.optimizer.step()
+        else:
+            applied = False
+        observer.updated(norm, applied)
+        del norm
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _is_finite(self, norm: torch.Tensor | None) -> bool:
+        if norm is None:
+            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return bool(torch.isfinite(norm))
 
 
 def build_optimizer(

@@ -1,6 +1,7 @@
 """Every micro-batch with every placement at hand, really run behind the wall, and timed side by side.
 
-    every way      one step: does it run behind the wall?              those that do not are out-of-memory events
+    every way      one step: does it run behind the wall?              those that do not are out-of-memory events,
+                                                                       as are those that do not later on
     the sieve      two rounds of one step each                         what is far behind the best is left out
     the finals     nine rounds: the plan, the best of the sieve, and what each tool would train with
 
@@ -29,7 +30,7 @@ import msgspec
 import torch
 from torch import nn
 
-from executor.trial import is_out_of_memory
+from executor.errors import is_out_of_memory
 from planner.cost import instead
 from planner.plan import Plan, load_plan
 from planner.search import space
@@ -94,16 +95,15 @@ class Steps:
             self._stepper.step(micro_batches, len(micro_batches))
             return time.perf_counter() - began
 
-    def runs(self, way: Way) -> bool:
-        """Whether a step finds the memory that it asks for."""
+    def seconds(self, way: Way) -> float | None:
+        """Of a step; None where it does not find the memory that it asks for."""
         try:
-            self.run(way)
+            return self.run(way)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            self._stepper.optimizer.zero_grad(set_to_none=True)
-            return False
-        return True
+        self._stepper.optimizer.zero_grad(set_to_none=True)
+        return None
 
     def peak_bytes(self, way: Way) -> int:
         """The allocator's, over one step."""
@@ -172,6 +172,38 @@ def spread(items: Sequence[int], count: int) -> list[int]:
     return [items[round(n * (len(items) - 1) / (count - 1))] for n in range(count)]
 
 
+class NoMemory(Exception):
+    """A way that ran before was refused memory: the heap's holes are others than they were then."""
+
+    def __init__(self, way: Way) -> None:
+        super().__init__(f"{way.micro_batch_size} x {way.placement}")
+        self.way = way
+
+
+def lasting(
+    seconds_of: Callable[[Way], float | None], taking_part: Sequence[Way], rounds: int
+) -> tuple[dict[Key, list[float]], list[float]]:
+    """``in_turns`` of the ways that never are refused memory, the first of them being the reference.
+
+    After a refusal all begin again without that way, so that all ratios are of the same rounds.
+    """
+
+    def timed(way: Way) -> float:
+        taken = seconds_of(way)
+        if taken is None:
+            raise NoMemory(way)
+        return taken
+
+    left = list(taking_part)
+    while True:
+        try:
+            ratios, seconds = in_turns(timed, left, left[0], rounds)
+        except NoMemory as refused:
+            left.remove(refused.way)
+        else:
+            return {way.key: found for way, found in zip(left, ratios, strict=True)}, seconds
+
+
 def measured(case: Case, budget_bytes: int, folder: Path) -> Finals:
     """Sieve and finals, behind the wall; the reference is the plan, or where it does not run the first that does."""
     profile = records.read(folder / "ours" / "profile.json", Profile)
@@ -187,28 +219,37 @@ def measured(case: Case, budget_bytes: int, folder: Path) -> Finals:
     tried = ways(case, workload, profile, plans, budget_bytes)
     steps = Steps(case, workload)
     wall.stand(budget_bytes)
-    running = [way for way in tried.values() if steps.runs(way)]
-    reference = running[0]
-    first, _ = in_turns(steps.run, running, reference, SIEVE_ROUNDS)
-    sieve = {way.key: statistics.median(ratios) for way, ratios in zip(running, first, strict=True)}
+    running = [way for way in tried.values() if steps.seconds(way) is not None]
+    first, _ = lasting(steps.seconds, running, SIEVE_ROUNDS)
+    sieve = {key: statistics.median(ratios) for key, ratios in first.items()}
     seconds = time.perf_counter() - began
     of_plans = {name: tried[_essence(plan)].key for name, plan in plans.items()}
-    finalists = {*close(sieve), *of_plans.values(), *of_tools(case, folder, sieve), reference.key}
-    last = [way for way in running if way.key in finalists]
-    ratios, taken = in_turns(steps.run, last, reference, FINAL_ROUNDS)
+    alive = dict(sieve)
+    while True:
+        chosen = {*close(alive), *of_plans.values(), *of_tools(case, folder, alive)}
+        last = [way for way in running if way.key in chosen & alive.keys()]
+        ratios, taken = lasting(steps.seconds, last, FINAL_ROUNDS)
+        if len(ratios) == len(last):
+            break
+        # What a tool falls back on then has yet to be measured.
+        alive = {key: ratio for key, ratio in alive.items() if key in ratios or key not in chosen}
     wall.lift()
     judged = {
         way.key: Measured(
             micro_batch_size=way.micro_batch_size, placement=way.placement, sieve=sieve[way.key],
-            ratio=statistics.median(found), noise=standard_error(found), peak_memory_bytes=steps.peak_bytes(way),
+            ratio=statistics.median(ratios[way.key]), noise=standard_error(ratios[way.key]),
+            peak_memory_bytes=steps.peak_bytes(way),
         )
-        for way, found in zip(last, ratios, strict=True)
+        for way in running
+        if way.key in ratios
     }  # fmt: skip
     return Finals(
         ways=tuple(
             judged.get(way.key)
             or Measured(
-                micro_batch_size=way.micro_batch_size, placement=way.placement, sieve=sieve.get(way.key)
+                micro_batch_size=way.micro_batch_size,
+                placement=way.placement,
+                sieve=alive.get(way.key),
             )
             for way in tried.values()
         ),

@@ -126,7 +126,7 @@ def trainer(job: Job) -> None:
         engine = Trainer(
             model=model,
             args=arguments,
-            train_dataset=job.micro_batches,  # type: ignore[arg-type]
+            train_dataset=job.micro_batches,
             data_collator=lambda found: {"batch": _as_it_is(found)},
             optimizers=(job.optimizer, None),
         )

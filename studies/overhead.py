@@ -246,7 +246,7 @@ class Turns:
         torch.manual_seed(0)
         self._workload = case.build()
         plan = plain_plan(self._workload, case.size, device)
-        self._loops = {OURS: functools.partial(loops.ours, plan), **others}
+        self._loops: dict[str, loops.Loop] = {OURS: functools.partial(loops.ours, plan), **others}
         self._steps = case.steps
         self._device = device
         self._weights = {

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 import planner
 import profiler
-from executor.trial import is_out_of_memory
+from executor.errors import is_out_of_memory
 from planner.cost import memory_error, plain_peak_bytes
 from profiler import records
 from profiler.profile_record import Profile

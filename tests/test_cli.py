@@ -279,6 +279,34 @@ def test_training_ends_with_a_report(planner: Run, planned: Path, tmp_path: Path
     assert "step 3 of 3" in done.stderr
 
 
+def test_training_that_is_told_to_end_saves_and_goes_on_by_the_same_command(
+    planner: Run, planned: Path, tmp_path: Path
+) -> None:
+    words = ("train", planned, "--steps", "400", "--output-dir", "run", "--resume", "--json")
+    with subprocess.Popen(
+        [*COMMAND, *map(str, words)], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    ) as running:  # fmt: skip
+        assert running.stderr is not None
+        assert any("step 3 of 400" in line for line in running.stderr)
+        running.terminate()
+        said = running.stderr.read()
+        assert running.wait(timeout=60) == 128 + signal.SIGTERM
+        assert running.stdout is not None
+        assert running.stdout.read() == ""
+    last = said.splitlines()[-1]
+    assert last.startswith("planner: stopped after step ")
+    assert last.endswith(": --resume goes on from there.")
+    done = planner(*words)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["steps"] == 400
+    assert f"after step {report['resumed_after_steps'][0]}, saved in" in last
+    refused = planner("train", planned, "--steps", "400", "--output-dir", "run", "--resume", "--seed", "1")
+    assert "is one of another: seed 0 instead of 1" in refused.stderr
+    assert refused.returncode == 4
+
+
 def test_the_dashboard_names_its_address_and_ends_on_ctrl_c(tmp_path: Path) -> None:
     words = ["dashboard", "--storage", f"journal:{tmp_path}/s.journal", "--port", "0"]
     with subprocess.Popen(
@@ -415,6 +443,10 @@ def test_a_workload_may_lie_in_the_current_directory(tmp_path: Path) -> None:
         (("profile", "gpt2", "--image-size", "32"), "gpt2 takes no image_size (--image-size)"),
         (("train", "a.json", "--steps", "1", "--epochs", "1"), "not allowed with argument"),
         (("train", "a.json", "--output-dir", GPT2), "must be a folder that can be written"),
+        (("train", "a.json", "--until", "accuracy=85"), "accuracy must be a share of 1"),
+        (("train", "a.json", "--learning-rate", "0"), "must be a positive number"),
+        (("train", "a.json", "--most-accumulation", "8"), "Give --adaptive too"),
+        (("train", "a.json", "--adaptive", "absolute"), "Give --noise-target"),
         (("dashboard", "--storage", "journal:a", "--port", "99999"), "from 0 to 65535, got 99999"),
     ],
 )

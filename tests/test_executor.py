@@ -14,7 +14,6 @@ import executor
 import planner
 import profiler
 from executor.engine import split
-from executor.training import warm_up_and_cosine
 from executor.verification import compare
 from planner.cost import instead
 from planner.plan import Cost, Plan, Segment
@@ -235,19 +234,6 @@ def test_a_baseline_can_be_run_in_the_plans_place(tight: Plan, workload: profile
 def test_segments_of_a_plan_name_modules_of_the_model(tight: Plan) -> None:
     names = {name for name, _ in tower().named_modules()}
     assert all(isinstance(s, Segment) and {s.enter, s.leave} <= names for s in tight.checkpoint)
-
-
-def test_the_learning_rate_rises_for_a_twentieth_of_the_run_and_falls_as_a_cosine_to_zero() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = warm_up_and_cosine(optimizer, 100)
-    rates = []
-    for _ in range(100):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0])
-    assert rates[5 + 47] == pytest.approx(0.5, abs=0.02)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_training_resnet50_on_generated_images_lowers_the_loss_and_reports_what_it_did(

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner import kernels
+from planner import nested as nested_module
 from planner.memory import (
     constant_bytes,
     optimizer_peak_bytes,
@@ -276,6 +278,24 @@ def test_the_frontier_with_nested_segments_is_that_of_every_placement_by_its_tim
     for need, cost in solution.points:
         placed = solution.placed(need)
         assert (peak_of_timeline(memory, placed, b, k), cost_of(placed)) == (need + constant, cost)
+
+
+@given(memories(4, 5, worthwhile_stage_memories()), st.integers(1, 4), st.integers(1, 2), st.booleans())
+@settings(max_examples=30)
+def test_the_solvers_loops_stay_within_their_tables(
+    memory: PrecisionMemory, b: int, k: int, in_steps: bool
+) -> None:
+    """Compiled, an index beyond a table reads whatever lies there; as the loops are written, it raises."""
+    length = len(memory.stages)
+    units = units_of(memory, b, k, np.triu(np.arange(length + 1) - np.arange(length)[:, None]))
+    nest = plan_nest(memory, units, micro_batch_size=b, gradient_accumulation_steps=k, resident_batches=k)
+    with pytest.MonkeyPatch.context() as patch:
+        if in_steps:
+            patch.setattr(nested_module, "MOST_SLOTS", 0)
+        compiled = nested(nest).points
+        for name in ("fill_slots", "fill_steps", "_grown"):
+            patch.setattr(kernels, name, getattr(kernels, name).py_func)
+        assert nested(nest).points == compiled
 
 
 def cost_of(placed: Placed) -> int:

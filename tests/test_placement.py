@@ -7,6 +7,7 @@ set of held items, refuses an operation whose operands are gone, and knows nothi
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import nested
+from planner import kernels, nested
 from planner import placement as placement_module
 from planner.placement import (
     Chain,
@@ -394,6 +395,16 @@ def test_long_chains_have_the_same_single_level_frontier_with_and_without_a_comm
         assert placement is not None
         assert (placement.peak, placement.cost) == (peak, cost) == execute(chain, placement.schedule)
         assert list(placement.schedule) == operations(plan_of(len(stages), placement.segments))
+
+
+@given(chains(st.one_of(st.integers(0, 9), st.floats(0, 1))))
+def test_a_frontier_is_the_same_before_and_after_the_compiled_loops_are_loaded(chain: Chain) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(sys.modules, "planner.kernels", raising=False)
+        before = frontier(chain)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "planner.kernels", kernels)
+        assert frontier(chain) == before
 
 
 @settings(max_examples=1000)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import planner
+from profiler.allocator import measure_step
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -41,11 +42,18 @@ def test_the_python_example_runs_and_its_plan_recomputes_under_its_budget(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     example, _, _ = examples()
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(compile(example, str(README), "exec"), names)
-    plan = names["plan"]
-    assert plan.checkpoint  # type: ignore[attr-defined]
+    plan, step, batch = names["plan"], names["step"], names["batch"]
+    assert plan.checkpoint
     assert len(capsys.readouterr().out.splitlines()) == 5
+    # The loop of the example needs what the plan says.
+    whole = batch(1024)
+    peak = measure_step(lambda: step(whole), names["model"], step.optimizer, whole, torch.device("cpu"))
+    predicted = plan.prediction
+    assert peak.peak_bytes == pytest.approx(
+        predicted.peak_memory_bytes, rel=predicted.error.peak_memory_bytes
+    )
 
 
 def test_the_tree_names_every_module_that_there_is() -> None:

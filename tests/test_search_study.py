@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from studies.brute_force import close, spread
+from studies.brute_force import Way, close, lasting, spread
 from studies.search import (
     BRUTE_FORCE,
     CASES,
@@ -152,3 +153,21 @@ def test_the_error_of_a_median_falls_with_the_rounds() -> None:
 def test_the_picture_is_drawn_where_a_tool_has_no_plan(tmp_path: Path) -> None:
     draw(rows(finals(), {("trainer", False): None}), tmp_path / "search.png")
     assert (tmp_path / "search.png").stat().st_size > 1000
+
+
+def test_a_way_that_is_refused_memory_later_is_left_out_and_the_others_begin_again() -> None:
+    first, second, third = (Way(micro_batch_size=size, placement=PLAIN, make=_never) for size in (1, 2, 4))
+    steps: list[Way] = []
+
+    def seconds_of(way: Way) -> float | None:
+        steps.append(way)
+        # The first is refused at its second step, the second at its first, the third never.
+        return None if (way is first and steps.count(first) == 2) or way is second else 3.0
+
+    ratios, seconds = lasting(seconds_of, [first, second, third], rounds=2)
+    assert ratios == {third.key: [1.0, 1.0]}
+    assert seconds == [3.0, 3.0, 3.0]
+
+
+def _never() -> NoReturn:
+    raise AssertionError("no model runs here")

@@ -10,7 +10,8 @@ ended:
     3    no plan fits the memory budget
     4    the profile or plan is for something else: another device or model, a precision not profiled
     5    verification failed
-    130  interrupted
+    6    training failed: it diverged, or ran out of memory with no plan left that needs less
+    130  interrupted; 143 where it was asked to end (SIGTERM)
 
 Our own refusals are ValueErrors, and a bug may end in a ValueError too. What tells them apart is where it
 comes from: a refusal is a ``raise`` statement in a module of ours, while a bug's comes out of a call, an
@@ -49,6 +50,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = _parser().parse_args(argv)
+    arguments.words = list(sys.argv[1:] if argv is None else argv)  # For the processes that a command starts.
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
@@ -99,8 +101,12 @@ def _outcome(error: Exception) -> int | None:
         return 3
     mismatches: tuple[type[Exception], ...] = (PrecisionNotProfiled, OtherProfile)
     if "executor.errors" in sys.modules:
-        from executor.errors import PlanDoesNotFit
+        from executor.errors import Interrupted, NotFinite, OutOfMemory, PlanDoesNotFit
 
+        if isinstance(error, Interrupted):
+            return 128 + error.signal_number
+        if isinstance(error, NotFinite | OutOfMemory):
+            return 6
         mismatches += (PlanDoesNotFit,)
     if isinstance(error, mismatches):
         return 4

@@ -106,6 +106,28 @@ def seconds(text: str) -> float:
     return value
 
 
+def positive(text: str) -> float:
+    """A finite number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return value
+
+
+def reached(text: str) -> str:
+    """A target, ``accuracy=0.85``."""
+    from executor.stopping import Target
+
+    try:
+        Target.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def output_file(text: str) -> Path:
     """A file that can be written when the work is done: its folder is there, and it is not one itself."""
     path = Path(text)

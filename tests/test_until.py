@@ -1,0 +1,160 @@
+"""Training on folders until data held out says that it is enough; and data that will not do, refused before a step."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+import executor
+import planner
+import profiler
+from executor.training import TrainingReport
+from planner.cli import main
+from planner.plan import Plan, Segment
+from tests import datafiles
+
+Refused = Callable[..., str]
+
+
+def plan_of(name: str) -> Plan:
+    spec = profiler.WorkloadSpec(name=f"tests.workloads.learners:{name}")
+    profile = profiler.profile(
+        profiler.build(spec), batch_sizes=(8,), precisions=("fp32",), device="cpu", steps=2, spec=spec
+    )
+    return planner.optimize(profile, global_batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def speller() -> Plan:
+    return plan_of("speller")
+
+
+@pytest.fixture(scope="module")
+def painter() -> Plan:
+    return plan_of("painter")
+
+
+def test_a_language_model_stops_at_its_perplexity(speller: Plan, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "train.txt").write_text(datafiles.VERSE * 200)
+    (text / "valid.txt").write_text(datafiles.VERSE * 20)
+    report = executor.train(
+        speller,
+        text,
+        tmp_path / "run",
+        steps=400,
+        learning_rate=2e-2,
+        until="perplexity=3",
+        evaluate_every=10,
+    )
+    reached = report.reached
+    assert reached is not None
+    assert reached.target == "perplexity=3"
+    assert reached.value is not None
+    assert reached.value <= 3
+    assert reached.step == report.steps
+    assert report.steps < 400
+    assert [each.step for each in report.evaluations] == list(range(10, report.steps + 1, 10))
+    assert all(each.value > 3 for each in report.evaluations[:-1])
+    assert reached.samples == report.samples == 16 * report.steps
+    # The perplexity of what it trains on and of the same text held out are alike.
+    assert reached.value == pytest.approx(math.exp(report.final_loss), rel=0.3)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    values = [line["evaluation_perplexity"] for line in lines if "evaluation_perplexity" in line]
+    assert values == [each.value for each in report.evaluations]
+
+
+def test_an_image_classifier_stops_at_its_accuracy_and_a_run_goes_on_to_it(
+    painter: Plan, tmp_path: Path
+) -> None:
+    images = tmp_path / "cifar"
+    images.mkdir()
+    for number, name in enumerate(datafiles.BATCHES):
+        made = datafiles.batch(40, seed=number)
+        # A class is a brightness, which a crop and a mirror leave as it is.
+        made[b"data"] = np.array([[20 + 22 * label] * 3072 for label in made[b"labels"]], np.uint8)
+        (images / name).write_bytes(datafiles.python2_pickle(made))
+
+    def trained(folder: str, steps: int, resume: bool = False) -> TrainingReport:
+        return executor.train(
+            painter, images, tmp_path / folder, steps=steps, learning_rate=1e-2, until="accuracy=0.9",
+            evaluate_every=20, save_every=20, resume=resume,
+        )  # fmt: skip
+
+    whole = trained("whole", 600)
+    assert whole.reached is not None
+    assert whole.reached.value is not None
+    assert whole.reached.value >= 0.9
+    assert whole.steps < 600
+    short = trained("parts", 20)
+    assert short.reached is not None
+    assert short.reached.step is None
+    again = trained("whole", 600, resume=True)
+    assert again.reached == whole.reached
+
+
+def test_a_model_is_as_it_was_after_it_was_evaluated(painter: Plan, tmp_path: Path) -> None:
+    images = datafiles.write_cifar(tmp_path / "cifar", images=16)
+    runs = [
+        executor.train(painter, images, tmp_path / name, steps=6, evaluate_every=every)
+        for name, every in (("often", 1), ("never", None))
+    ]
+    assert runs[0].final_loss == runs[1].final_loss
+    assert len(runs[0].evaluations) == 6
+    assert (tmp_path / "often" / "model.safetensors").read_bytes() == (
+        tmp_path / "never" / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.fixture
+def refused(speller: Plan, painter: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """What the command says when it refuses; nothing was trained by then."""
+
+    def said(model: str, data: Path, *words: str, code: int = 2) -> str:
+        file = tmp_path / f"{model}.plan.json"
+        {"speller": speller, "painter": painter}[model].save(file)
+        run = tmp_path / "run"
+        capsys.readouterr()
+        assert main(["train", str(file), "--data", str(data), "--output-dir", str(run), *words]) == code
+        assert not run.exists()
+        out, err = capsys.readouterr()
+        assert out == ""
+        return err.splitlines()[-1]
+
+    return said
+
+
+def test_bad_data_is_refused_before_any_training(refused: Refused, tmp_path: Path) -> None:
+    assert "absent: nothing there" in refused("speller", tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    assert "found none below" in refused("speller", tmp_path / "empty")
+    short = tmp_path / "short"
+    short.mkdir()
+    (short / "a.txt").write_text("the cat")
+    assert "at least one sequence of 16 tokens" in refused("speller", short)
+    cut = datafiles.write_cifar(tmp_path / "cut", images=4)
+    whole = (cut / "data_batch_3").read_bytes()
+    (cut / "data_batch_3").write_bytes(whole[: len(whole) // 2])
+    assert "data_batch_3 must be a batch of CIFAR-10 for Python, whole" in refused("painter", cut)
+    sizes = datafiles.write_cifar(tmp_path / "sizes", images=16)
+    (sizes / "preprocessor_config.json").write_text('{"image_mean": [0.5], "image_std": [0.5]}')
+    assert "for each of the 3 channels of the images, got 1" in refused("painter", sizes)
+    assert "must be CIFAR-10's batches for Python, or a table" in refused("painter", short)
+    assert "must be at most the" in refused("painter", datafiles.write_cifar(tmp_path / "few", images=3))
+
+
+def test_a_plan_for_another_model_is_refused_before_any_training(
+    speller: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = Segment(first="9", last="9", enter="9", leave="10")
+    file = msgspec.structs.replace(speller, checkpoint=(elsewhere,)).save(tmp_path / "wrong.plan.json")
+    assert main(["train", str(file), "--steps", "1", "--output-dir", str(tmp_path / "run")]) == 4
+    assert "recomputes a segment at module '9', which Sequential has not" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
