@@ -93,7 +93,8 @@ def counting(counted: Counted, module: types.ModuleType, predicate: str) -> Iter
 def with_lightning(case: Case, workload: Workload, folder: Path, counted: Counted, mode: str) -> int | None:
     """The size that BatchSizeFinder leaves. It stops untried at ``max_val``, so that is twice the global batch."""
     from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.tuner import Tuner, batch_size_scaling
+    from lightning.pytorch.tuner import batch_size_scaling
+    from lightning.pytorch.tuner.tuning import Tuner
 
     class Module(LightningModule):  # type: ignore[misc,unused-ignore]
         def __init__(self) -> None:
