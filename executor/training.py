@@ -264,7 +264,7 @@ def _load(plan: Plan, workload: Workload, data: Path | str | None) -> TrainingDa
     return training_data.load(plan.workload, workload, None if data is None else Path(data))
 
 
-def _steps_of(source: TrainingData, plan: Plan, epochs: int | None, target: Target | None) -> int:
+def _steps_of(source: TrainingData, plan: Plan, epochs: int | None, target: Target | None = None) -> int:
     if epochs is None:
         return DEFAULT_STEPS if target is None else STEPS_TO_A_TARGET
     if isinstance(source.dataset, OwnBatches):

@@ -20,6 +20,8 @@ from tests.plans import plan
 
 
 def test_a_signal_is_noted_and_a_second_one_does_what_it_always_does() -> None:
+    # A shell's background jobs ignore Ctrl-C.
+    here = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGTERM)
     with listening() as requests:
         assert requests.signal_number is None
@@ -32,6 +34,7 @@ def test_a_signal_is_noted_and_a_second_one_does_what_it_always_does() -> None:
         assert requests.signal_number == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, here)
 
 
 @pytest.mark.parametrize(
