@@ -9,8 +9,9 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --editable
 demo: .venv/installed
 	$(BIN)/python -m planner.cli.demo
 
+# Two files of tests at a time. Threads that wait leave the processor to the other.
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check
