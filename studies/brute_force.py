@@ -195,13 +195,14 @@ def lasting(
         return taken
 
     left = list(taking_part)
-    while True:
+    while left:
         try:
             ratios, seconds = in_turns(timed, left, left[0], rounds)
         except NoMemory as refused:
             left.remove(refused.way)
         else:
             return {way.key: found for way, found in zip(left, ratios, strict=True)}, seconds
+    raise RuntimeError("All ways that ran once were refused memory later: what the process holds has grown.")
 
 
 def measured(case: Case, budget_bytes: int, folder: Path) -> Finals:
