@@ -34,23 +34,23 @@ def fill_slots(
     run_cost: Any, again_hold: Any, again_need: Any, held: Any, end_need: Any, option_need: Any, option_hold: Any,
     option_cost: Any, never: Any, rows: Any,
 ) -> None:  # fmt: skip
-    """Fill ``rows[c, i, j, a]`` with least[c, i, j](a) as ``planner.nested`` defines it; ``never`` where there is no
-    plan.
+    """Fill ``rows[c, j (j + 1) / 2 + i, a]`` with least[c, i, j](a) as ``planner.nested`` defines it, i <= j; ``never``
+    where there is no plan.
 
-    With a single level, ``rows[0, i, 0, a]`` is least[0, i, L](a): that of a segment is not a table then.
+    With a single level, ``rows[0, i, a]`` is least[0, i, L](a): that of a segment is not a table then.
     """
-    length, top = len(keep_cost), rows.shape[3]
-    single, cases = rows.shape[2] == 1, len(beside)
+    length, top = len(keep_cost), rows.shape[2]
+    single, cases = rows.shape[1] == length + 1, len(beside)
     last = cases - 1
     # From the first slot of ``need`` there is a plan, from that of ``flat`` on all is kept, which is ``whole``.
     need = np.zeros((cases, length + 1, length + 1), np.int64)
     flat = np.zeros((cases, length + 1, length + 1), np.int64)
     whole = np.zeros((length + 1, length + 1), rows.dtype)
     for j in range(length + 1):
-        column = 0 if single else j
+        base = 0 if single else j * (j + 1) // 2
         tabulated = j == length or not single
-        rows[:, j, column, : end_need[j]] = never
-        rows[:, j, column, end_need[j] :] = 0
+        rows[:, base + j, : end_need[j]] = never
+        rows[:, base + j, end_need[j] :] = 0
         need[:, j, j] = flat[:, j, j] = end_need[j]
         for i in range(j - 1, -1, -1):
             whole[i, j] = whole[i + 1, j] + keep_cost[i]
@@ -58,7 +58,7 @@ def fill_slots(
                 continue
             for c in range(cases if j < length else 1):
                 following, behind = after_keep[c, i], 0 if c == last else c
-                row, after = rows[c, i, column], rows[following, i + 1, column]
+                row, after = rows[c, base + i], rows[following, base + i + 1]
                 flat[c, i, j] = max(keep_need[c, i, j], flat[following, i + 1, j] + keep_hold[i])
                 first = min(max(keep_need[c, i, j], need[following, i + 1, j] + keep_hold[i]), top)
                 row[:first] = never
@@ -88,15 +88,16 @@ def fill_slots(
                     low = max(low, again_need[i, k] if single else need[last, i, k] + again_hold[i, k])
                     if low >= high:
                         continue
-                    rest = rows[behind, k, column, low - run_hold[i, k] : high - run_hold[i, k]]
-                    out = rows[c, i, column, low:high]
+                    rest = rows[behind, base + k, low - run_hold[i, k] : high - run_hold[i, k]]
+                    out = rows[c, base + i, low:high]
                     if single:
                         again += whole[i, k]
                         for a in range(high - low):
                             cost = rest[a] + again
                             out[a] = cost if cost < out[a] else out[a]
                     else:
-                        back = rows[last, i, k, low - again_hold[i, k] : high - again_hold[i, k]]
+                        inside = k * (k + 1) // 2 + i
+                        back = rows[last, inside, low - again_hold[i, k] : high - again_hold[i, k]]
                         for a in range(high - low):
                             cost = rest[a] + back[a] + again
                             out[a] = cost if cost < out[a] else out[a]

@@ -211,6 +211,11 @@ def single_level(nest: Nest) -> Solution | None:
     return None if slots is None else Solution(nest, slots)
 
 
+def _pairs(last: int) -> int:
+    """How many pairs i <= j there are up to j = ``last``, in the order of j and then i."""
+    return (last + 1) * (last + 2) // 2
+
+
 def _common_unit(nest: Nest) -> int:
     """The greatest size of which all sizes that are read are multiples."""
     above = np.triu(np.ones_like(nest.keep_need[0], dtype=bool), 1)
@@ -225,10 +230,10 @@ def _common_unit(nest: Nest) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Slots:
-    """``rows[c, i, j, a]``: least[c, i, j] of ``a`` units; ``never`` where there is no plan.
+    """``rows[c, j (j + 1) / 2 + i, a]``: least[c, i, j] of ``a`` units; ``never`` where there is no plan.
 
-    With a single level there is one case, and one column for j = L; a segment runs again in ``again_need``, at a cost
-    of ``whole``.
+    With a single level there is one case, and ``rows[0, i]`` is for j = L; a segment runs again in ``again_need``, at a
+    cost of ``whole``.
     """
 
     rows: NDArray[Any]
@@ -255,7 +260,7 @@ class _Slots:
         dtype = np.int32 if longest < 2**28 else np.int64
         never = 2 * longest + 1
         cases = len(nest.beside)
-        rows = np.empty((cases, length + 1, 1 if single else length + 1, slots), dtype)
+        rows = np.empty((cases, length + 1 if single else _pairs(length), slots), dtype)
         from planner.kernels import fill_slots
 
         def units(sizes: Integers) -> Integers:
@@ -272,15 +277,17 @@ class _Slots:
     def least(self, case: int, i: int, j: int, room: int) -> float:
         if room < 0:
             return math.inf
-        if self.rows.shape[2] == 1:
-            if j < len(self.whole) - 1:
+        length = len(self.whole) - 1
+        base = _pairs(j - 1)
+        if self.rows.shape[1] == length + 1:
+            if j < length:
                 return int(self.whole[j] - self.whole[i]) if room >= self.again_need[i, j] else math.inf
-            j = 0
-        cost = int(self.rows[case, i, j, min(room // self.unit, self.rows.shape[3] - 1)])
+            base = 0
+        cost = int(self.rows[case, base + i, min(room // self.unit, self.rows.shape[2] - 1)])
         return math.inf if cost >= self.never else cost
 
     def steps(self, length: int) -> Iterator[tuple[int, int]]:
-        row = self.rows[0, 0, 0 if self.rows.shape[2] == 1 else length]
+        row = self.rows[0, 0 if self.rows.shape[1] == length + 1 else _pairs(length - 1)]
         falls = np.concatenate(([True], row[1:] < row[:-1])) & (row < self.never)
         for slot in np.flatnonzero(falls).tolist():
             yield slot * self.unit, int(row[slot])
