@@ -8,6 +8,7 @@ loss         mean loss of a sample
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,9 @@ def evaluate(stepper: Stepper, dataset: Dataset, metric: Metric, micro_batch_siz
             module.training = True
         random.set()
     mean = total.item() / len(dataset)
-    return math.exp(min(mean, 700.0)) if metric == "perplexity" else mean
+    if metric != "perplexity":
+        return mean
+    return math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf
 
 
 def _sum(stepper: Stepper, batch: dict[str, torch.Tensor], metric: Metric, rows: int) -> torch.Tensor:

@@ -14,8 +14,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from tensorboardX import SummaryWriter
 
@@ -29,7 +28,7 @@ Value = int | float | str | None
 
 
 class Metrics:
-    """The files of a run in ``directory``, from behind ``after_step`` on. Leaving the ``with`` block closes them."""
+    """The files of a run in ``directory``, from behind ``after_step`` on."""
 
     def __init__(self, directory: Path, after_step: int = 0) -> None:
         path = directory / LINES
@@ -60,14 +59,6 @@ class Metrics:
     def close(self) -> None:
         self._file.close()
         self._board.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -8,8 +8,7 @@ Samples come in the same order whatever the sizes are. ``position`` is what a ru
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -18,7 +17,7 @@ from executor.prefetch import AHEAD, Loader
 
 
 class Stream:
-    """See the module. Leaving its ``with`` block ends its threads."""
+    """See the module. ``close`` ends its threads."""
 
     position: Position
     """Behind the last batch that was taken."""
@@ -66,11 +65,3 @@ class Stream:
             self._waited_before = self.waiting_seconds
             loader, self._loader = self._loader, None
             loader.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.close()

@@ -195,7 +195,7 @@ def train(
         progress.begins(source.description, run.steps_in_all)
         metrics = None
         if directory is not None and run.engine.is_first:
-            metrics = stack.enter_context(Metrics(directory, run.state.step))
+            metrics = stack.enter_context(contextlib.closing(Metrics(directory, run.state.step)))
         run.go(stack.enter_context(listening()), metrics)
         report = _report(plan, run, source, terms, flops)
         weights = None if directory is None else run.engine.whole_weights()

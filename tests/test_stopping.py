@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -87,25 +88,25 @@ def test_the_first_module_that_makes_no_number_is_named() -> None:
 
 
 def test_what_was_written_after_the_step_that_a_run_goes_on_from_is_dropped(tmp_path: Path) -> None:
-    with Metrics(tmp_path) as metrics:
+    with closing(Metrics(tmp_path)) as metrics:
         for step in (1, 2, 3):
             metrics.write(step, {"loss": step / 2, "unknown": None, "norm": math.inf})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # Killed while it wrote.
-    with Metrics(tmp_path, after_step=2) as metrics:
+    with closing(Metrics(tmp_path, after_step=2)) as metrics:
         metrics.write(3, {"loss": 9.0})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [
         {"step": 1, "loss": 0.5, "norm": "inf"}, {"step": 2, "loss": 1.0, "norm": "inf"}, {"step": 3, "loss": 9.0},
     ]  # fmt: skip
-    with Metrics(tmp_path):
+    with closing(Metrics(tmp_path)):
         assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_tensorboard_reads_what_is_written_for_it(tmp_path: Path) -> None:
     from tensorboardX.proto import event_pb2
 
-    with Metrics(tmp_path) as metrics:
+    with closing(Metrics(tmp_path)) as metrics:
         metrics.write(7, {"loss": 2.5, "words": "left out"})
     (file,) = (tmp_path / "tensorboard").iterdir()
     data, found = file.read_bytes(), []

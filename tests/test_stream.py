@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import closing
 
 import numpy as np
 import numpy.typing as npt
@@ -30,12 +31,12 @@ class Numbers:
 
 
 def taken(stream: Stream, sizes: list[int]) -> list[list[int]]:
-    with stream:
+    with closing(stream):
         return [stream.take(size)["x"].tolist() for size in sizes]
 
 
 def test_batches_of_one_size_are_those_of_the_order() -> None:
-    with Stream(Numbers(20), seed=3) as stream:
+    with closing(Stream(Numbers(20), seed=3)) as stream:
         for expected, _ in zip(batches(Numbers(20), 6, seed=3), range(10), strict=False):
             found = stream.take(6)
             assert torch.equal(found["x"], expected["x"])
@@ -54,7 +55,7 @@ def test_a_run_that_goes_on_sees_what_it_would_have_seen(
 ) -> None:
     cut = data.draw(st.integers(0, len(sizes)))
     whole = taken(Stream(Numbers(count), seed=1, ahead=ahead), sizes)
-    with Stream(Numbers(count), seed=1, ahead=ahead) as before:
+    with closing(Stream(Numbers(count), seed=1, ahead=ahead)) as before:
         first = [before.take(size)["x"].tolist() for size in sizes[:cut]]
         position = before.position
     rest = taken(Stream(Numbers(count), seed=1, position=position, ahead=ahead), sizes[cut:])
@@ -84,17 +85,17 @@ def test_the_shares_of_all_processes_are_the_batch() -> None:
 
 def test_a_workloads_own_batches_come_back_too() -> None:
     own = OwnBatches(batch=lambda size: {"x": torch.rand(size)})
-    with Stream(own, seed=1) as stream:
+    with closing(Stream(own, seed=1)) as stream:
         first, second = stream.take(4)["x"], stream.take(4)["x"]
     assert not torch.equal(first, second)
-    with Stream(own, seed=1, position=Position(batches=1)) as stream:
+    with closing(Stream(own, seed=1, position=Position(batches=1))) as stream:
         assert torch.equal(stream.take(4)["x"], second)
     half = Stream(own, seed=1, share=Share(rank=1, world_size=2))
     assert torch.equal(half.take(4)["x"], first[2:])
 
 
 def test_no_thread_is_left_and_the_waiting_is_added_up() -> None:
-    with Stream(Numbers(100), seed=0) as stream:
+    with closing(Stream(Numbers(100), seed=0)) as stream:
         stream.take(10)
         before = stream.waiting_seconds
         stream.take(20)
