@@ -195,8 +195,8 @@ class Run:
         directory: Path | None,
         identity: dict[str, str],
         progress: Progress,
-        model_flops_per_sample: float | None = None,
-        peak_flops_per_second: float | None = None,
+        model_flops_per_sample: float,
+        peak_flops_per_second: float | None,
     ) -> None:
         self.plan = plan
         self.state = RunState(gradient_accumulation_steps=plan.gradient_accumulation_steps)
@@ -243,6 +243,16 @@ class Run:
     def loss_scale(self) -> float | None:
         scaler = self._scaler()
         return None if scaler is None else float(scaler.get_scale())
+
+    def model_flops_per_second(self, samples_per_second: float) -> float:
+        """Of all processes together."""
+        return self._flops * samples_per_second
+
+    def model_flops_utilisation(self, samples_per_second: float) -> float | None:
+        """In terms of what the maker of the devices states; None where it is not known."""
+        if self._peak_flops is None:
+            return None
+        return self.model_flops_per_second(samples_per_second) / (self._peak_flops * self.engine.world_size)
 
     def resume(self) -> None:
         """Go on from the newest whole snapshot of this run; stay at the beginning where there is none.
@@ -369,8 +379,8 @@ class Run:
                     "skipped_steps": state.watch.skipped + (not applied),
                     "noise_scale_samples": state.noise_scale_samples,
                     "step_joules": self._joules() - joules if self.measures_energy else None,
-                    "model_flops_per_second": self._flops and self._flops * size / seconds,
-                    "model_flops_utilisation": self._utilisation(size / seconds),
+                    "model_flops_per_second": self.model_flops_per_second(size / seconds),
+                    "model_flops_utilisation": self.model_flops_utilisation(size / seconds),
                     "peak_memory_bytes": state.peak_bytes,
                 },
             )
@@ -536,11 +546,6 @@ class Run:
                 if betas is not None:
                     group["betas"] = (betas[0], beta2_at(betas[1], size / self._planned_batch_size))
         return rate
-
-    def _utilisation(self, samples_per_second: float) -> float | None:
-        if self._flops is None or self._peak_flops is None:
-            return None
-        return self._flops * samples_per_second / (self._peak_flops * self.engine.world_size)
 
     def _evaluate(self, metrics: Metrics | None) -> None:
         metric, dataset = self._metric(), self._source.evaluation

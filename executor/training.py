@@ -197,7 +197,7 @@ def train(
         if directory is not None and run.engine.is_first:
             metrics = stack.enter_context(contextlib.closing(Metrics(directory, run.state.step)))
         run.go(stack.enter_context(listening()), metrics)
-        report = _report(plan, run, source, terms, flops)
+        report = _report(plan, run, source, terms)
         weights = None if directory is None else run.engine.whole_weights()
     if directory is not None and weights is not None:
         _write_weights(directory / WEIGHTS, weights)
@@ -287,7 +287,7 @@ def _model_flops_per_sample(workload: Workload, plan: Plan) -> float:
     return 3.0 * float(counter.get_total_flops()) / size
 
 
-def _report(plan: Plan, run: Run, source: TrainingData, terms: Terms, flops: float) -> TrainingReport:
+def _report(plan: Plan, run: Run, source: TrainingData, terms: Terms) -> TrainingReport:
     state, used = run.state, run.plan
     if state.loss is None or state.first_loss is None or state.peak_bytes is None:
         raise AssertionError("a run has at least one step")
@@ -296,9 +296,6 @@ def _report(plan: Plan, run: Run, source: TrainingData, terms: Terms, flops: flo
     samples_per_second = used.global_batch_size / wall_seconds
     if terms.adaptive is not None:
         samples_per_second = state.samples / state.seconds
-    listed = catalogue.titled(plan.device.name)
-    peak_flops = None if listed is None else listed.flops_per_second(used.precision)
-    rate = flops * samples_per_second
     return TrainingReport(
         plan_sha256=plan.sha256,
         model=plan.model,
@@ -322,8 +319,8 @@ def _report(plan: Plan, run: Run, source: TrainingData, terms: Terms, flops: flo
         loss_scale=run.loss_scale,
         noise_scale_samples=state.noise_scale_samples,
         waiting_share=state.waiting_seconds / state.seconds if state.seconds else None,
-        model_flops_per_second=rate,
-        model_flops_utilisation=None if peak_flops is None else rate / (peak_flops * used.world_size),
+        model_flops_per_second=run.model_flops_per_second(samples_per_second),
+        model_flops_utilisation=run.model_flops_utilisation(samples_per_second),
         evaluations=tuple(state.evaluations),
         reached=None if terms.until is None else _reached(terms.until, state.evaluations),
         fallbacks=tuple(state.fallbacks),

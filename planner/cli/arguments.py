@@ -49,11 +49,7 @@ def span(text: str) -> tuple[int, int]:
 
 def amount(text: str) -> float:
     """A finite number that is not negative."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
+    if not (value := _finite(text)) >= 0:
         raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
     return value
 
@@ -97,22 +93,14 @@ def count_or_none(text: str) -> int:
 
 def seconds(text: str) -> float:
     """A positive number of seconds."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
+    if not (value := _finite(text)) > 0:
         raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
     return value
 
 
 def positive(text: str) -> float:
     """A finite number above zero."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
+    if not (value := _finite(text)) > 0:
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
     return value
 
@@ -149,6 +137,15 @@ def output_folder(text: str) -> Path:
             f"must be a folder that can be written, got {text}: {there} is not one"
         )
     return path
+
+
+def _finite(text: str) -> float:
+    """A number; NaN, which no bound lets pass, for words and infinities."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def _some_of(choices: tuple[str, ...], text: str) -> tuple[str, ...]:
