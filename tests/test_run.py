@@ -288,7 +288,7 @@ def test_a_batch_that_follows_the_noise_keeps_the_samples_and_takes_the_learning
     heard = Acting()
     adaptive = AdaptiveAccumulation(k_max=8, target=1e-3, patience=1, smoothing=0.0)
     terms: dict[str, Any] = {"workload": workload(), "steps": 30, "learning_rate": 1e-3, "adaptive": adaptive}
-    report = executor.train(plan, None, tmp_path, progress=heard, **terms)
+    report = executor.train(plan, None, tmp_path, progress=heard, save_every=1000, **terms)
     found = lines(tmp_path)
     ks = [line["gradient_accumulation_steps"] for line in found]
     assert ks[0] == 4
@@ -305,6 +305,12 @@ def test_a_batch_that_follows_the_noise_keeps_the_samples_and_takes_the_learning
         assert line["learning_rate"] == pytest.approx(1e-3 * rise * fall * line["global_batch_size"] / 32)
         total += line["global_batch_size"]
         assert line["samples"] == total
+    (step,) = snapshots.steps_kept(tmp_path / "checkpoints")
+    (group,) = snapshots.load(snapshots.path_of(tmp_path / "checkpoints", step))["engine"]["optimizer"][
+        "param_groups"
+    ]
+    # So much of the past is kept over as many samples as 0.999 keeps of it over 32.
+    assert group["betas"] == (0.9, pytest.approx(0.999 ** (found[-1]["global_batch_size"] / 32), rel=1e-12))
     assert heard.said[0].startswith("gradient accumulation 4 -> 5: noise scale")
     assert report.gradient_accumulation_steps == 8
 

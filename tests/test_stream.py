@@ -43,6 +43,17 @@ def test_batches_of_one_size_are_those_of_the_order() -> None:
             assert torch.equal(found["epoch"], expected["epoch"])
 
 
+def test_every_epoch_has_an_order_of_its_own_and_leaves_the_ragged_rest_out() -> None:
+    with closing(Stream(Numbers(20), seed=3)) as stream:
+        found = [stream.take(6) for _ in range(9)]
+    assert [batch["epoch"].tolist() for batch in found] == [
+        [number] * 6 for number in (0, 0, 0, 1, 1, 1, 2, 2, 2)
+    ]
+    epochs = [torch.cat([batch["x"] for batch in found[start : start + 3]]).tolist() for start in (0, 3, 6)]
+    assert all(len(set(epoch)) == 18 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
 @settings(max_examples=50)
 @given(
     st.integers(8, 30),

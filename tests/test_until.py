@@ -9,14 +9,21 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
 
 import executor
 import planner
 import profiler
+from executor.evaluation import evaluate
+from executor.order import Epoch
 from executor.training import TrainingReport
 from planner.cli import main
 from planner.plan import Plan, Segment
+from profiler.step import Loss, Stepper
 from tests import datafiles
 
 Refused = Callable[..., str]
@@ -111,6 +118,47 @@ def test_a_model_is_as_it_was_after_it_was_evaluated(painter: Plan, tmp_path: Pa
     assert (tmp_path / "often" / "model.safetensors").read_bytes() == (
         tmp_path / "never" / "model.safetensors"
     ).read_bytes()
+
+
+class Points:
+    """Sample n is n, and of class n % 2."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def gather(self, indices: npt.NDArray[np.int64], epoch: Epoch | None = None) -> dict[str, torch.Tensor]:
+        assert epoch is None  # Nothing is random about a sample that is evaluated.
+        return {"x": torch.from_numpy(indices).float()[:, None], "labels": torch.from_numpy(indices % 2)}
+
+
+def test_what_is_evaluated_is_the_model_without_dropout_over_every_sample() -> None:
+    model = nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2).eval(), nn.Dropout(0.5))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[0.0], [1.0]]))
+        model[0].bias.copy_(torch.tensor([2.5, 0.0]))  # Class 1 from 3 on: right about 0, 2 and 3 of five.
+
+    def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        torch.rand(3)  # A loss may draw random numbers, too.
+        return F.cross_entropy(model(batch["x"]), batch["labels"])
+
+    def stepper(loss: Loss) -> Stepper:
+        return Stepper(
+            model=model, loss=loss, optimizer=torch.optim.SGD(model.parameters()), precision="fp32",
+            device_type="cpu",
+        )  # fmt: skip
+
+    everything = Points().gather(np.arange(5))
+    scores = model[1](model[0](everything["x"]))
+    expected = F.cross_entropy(scores, everything["labels"]).item()
+    torch.manual_seed(4)
+    after = torch.rand(())
+    torch.manual_seed(4)
+    assert evaluate(stepper(loss), Points(), "loss", 2) == pytest.approx(expected)
+    assert evaluate(stepper(loss), Points(), "perplexity", 2) == pytest.approx(math.exp(expected))
+    assert evaluate(stepper(loss), Points(), "accuracy", 2) == 3 / 5
+    assert torch.equal(torch.rand(()), after)
+    assert [module.training for module in model] == [True, False, True]
+    assert evaluate(stepper(lambda model, batch: torch.tensor(1e4)), Points(), "perplexity", 2) == math.inf
 
 
 @pytest.fixture
