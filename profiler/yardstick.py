@@ -39,11 +39,23 @@ FEWEST_STEPS = 3
 
 
 class Yardstick:
-    """A piece of work that is timed again and again, between the steps that are being timed."""
+    """A piece of work that is timed again and again, between the steps that are being timed.
 
-    def __init__(self, work: Callable[[], object], device: torch.device) -> None:
+    ``wall`` and ``cpu`` are the clocks that it is read on, in seconds.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[], object],
+        device: torch.device,
+        *,
+        wall: Callable[[], float] = time.perf_counter,
+        cpu: Callable[[], float] = process_cpu_seconds,
+    ) -> None:
         self._work = work
         self._device = device
+        self._wall = wall
+        self._cpu = cpu
         self._readings: list[tuple[float, float]] = []
         self._owed_seconds = 0.0
         self._ratios: list[float] = []
@@ -67,10 +79,10 @@ class Yardstick:
         self._owed_seconds += SHARE * step_seconds
         while self._owed_seconds > 0 or not self._readings:
             synchronize(self._device)
-            wall, cpu = time.perf_counter(), process_cpu_seconds()
+            wall, cpu = self._wall(), self._cpu()
             self._work()
             synchronize(self._device)
-            self._readings.append((time.perf_counter() - wall, process_cpu_seconds() - cpu))
+            self._readings.append((self._wall() - wall, self._cpu() - cpu))
             self._owed_seconds -= self._readings[-1][0]
         if before:
             self._ratios.append(step_seconds / max(before[0][0], self._readings[-1][0]))

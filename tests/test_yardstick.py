@@ -20,44 +20,50 @@ NAP_SECONDS = 0.01
 
 
 class Work:
-    """Takes a nap, and counts."""
+    """Takes a while on a clock of its own, and none of the processor."""
 
     def __init__(self) -> None:
         self.times = 0
+        self.now = 0.0
+        self.nap_seconds = NAP_SECONDS
 
     def __call__(self) -> None:
         self.times += 1
-        time.sleep(NAP_SECONDS)
+        self.now += self.nap_seconds
+
+    def yardstick(self) -> Yardstick:
+        return Yardstick(self, CPU, wall=lambda: self.now, cpu=lambda: 0.0)
 
 
 def test_it_runs_for_its_share_of_the_steps_that_it_runs_beside() -> None:
     work = Work()
-    yardstick = Yardstick(work, CPU)
+    yardstick = work.yardstick()
     before = work.times
     yardstick.beside(1.0)
-    assert 5 <= work.times - before <= SHARE / NAP_SECONDS
-    assert NAP_SECONDS <= yardstick.wall_seconds() < 3 * NAP_SECONDS
+    assert work.times - before == pytest.approx(SHARE / NAP_SECONDS, abs=1)
+    assert yardstick.wall_seconds() == pytest.approx(NAP_SECONDS)
+    assert yardstick.cpu_seconds() == 0
+
+
+def test_it_is_read_on_the_clocks_of_the_wall_and_of_the_process() -> None:
+    yardstick = Yardstick(lambda: time.sleep(NAP_SECONDS), CPU)
+    yardstick.beside(1.0)
+    assert yardstick.wall_seconds() >= NAP_SECONDS
     assert yardstick.cpu_seconds() < NAP_SECONDS
 
 
 def test_short_steps_share_a_run() -> None:
     work = Work()
-    yardstick = Yardstick(work, CPU)
+    yardstick = work.yardstick()
     before = work.times
     for _ in range(20):
         yardstick.beside(NAP_SECONDS)
-    assert 1 <= work.times - before <= 4
+    assert work.times - before == pytest.approx(20 * SHARE, abs=1)
 
 
 def test_a_step_that_was_hit_alone_does_not_count_and_one_beside_a_slow_yardstick_does() -> None:
-    class Changing(Work):
-        nap_seconds = NAP_SECONDS
-
-        def __call__(self) -> None:
-            time.sleep(self.nap_seconds)
-
-    work = Changing()
-    yardstick = Yardstick(work, CPU)
+    work = Work()
+    yardstick = work.yardstick()
     for step_seconds, nap_seconds in ((1.0, 1), (1.6, 1), (1.0, 1), (2.0, 2), (1.5, 1), (1.0, 1)):
         work.nap_seconds = nap_seconds * NAP_SECONDS
         yardstick.beside(step_seconds * 0.1)
@@ -65,7 +71,7 @@ def test_a_step_that_was_hit_alone_does_not_count_and_one_beside_a_slow_yardstic
 
 
 def test_among_two_steps_nobody_can_tell_which_was_disturbed() -> None:
-    yardstick = Yardstick(Work(), CPU)
+    yardstick = Work().yardstick()
     for step_seconds in (0.1, 0.5):
         yardstick.beside(step_seconds)
     assert yardstick.undisturbed() == [0, 1]
