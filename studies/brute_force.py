@@ -1,9 +1,12 @@
 """Every micro-batch with every placement at hand, really run behind the wall, and timed side by side.
 
-    every way      one step: does it run behind the wall?              those that do not are out-of-memory events,
-                                                                       as are those that do not later on
-    the sieve      two rounds of one step each                         what is far behind the best is left out
+    every way      a few steps: does it run behind the wall?       those that do not are out-of-memory events,
+                                                                   as are those that do not later on
+    the sieve      two rounds of one step each                     what is far behind the best is left out
     the finals     nine rounds: the plan, the best of the sieve, and what each tool would train with
+
+Each way has a process of its own behind a wall of its own, as whoever trains with it would: in one that runs many, what
+earlier ones left on the heap is refused to later ones. A process waits while others take their turns.
 
 Ways take turns, round after round, with steps of the plan between them: a way's time is in terms of the plan's around
 it, so the machine's moods meet all alike, and which ways come to the finals is decided by other steps than those by
@@ -16,19 +19,21 @@ is the noise. Peaks are the allocator's, read afterwards with the wall lifted, s
 from __future__ import annotations
 
 import argparse
-import functools
+import contextlib
 import gc
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
-from torch import nn
 
 from executor.errors import is_out_of_memory
 from planner.cost import instead
@@ -41,11 +46,14 @@ from profiler.step import Stepper
 from profiler.timing import stepper_for
 from profiler.workload import Workload, split
 from studies.placement import Applied, every_block, plain, planned
-from studies.search import CASES, EVERY_BLOCK, OURS, PLAIN, Case, Decision, Finals, Measured, settled
+from studies.search import CASES, EVERY_BLOCK, OURS, PLAIN, Case, Decision, Finals, Measured, say, settled
 from studies.turns import in_turns, standard_error
 from studies.wall import Wall
 
 CPU = torch.device("cpu")
+
+FIRST_STEPS = 3
+"""The first makes the optimizer's state, and the second has it."""
 
 SIEVE_ROUNDS = 2
 FINAL_ROUNDS = 9
@@ -66,78 +74,129 @@ Key = tuple[int, str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Way:
-    """A micro-batch size and a placement that can be put on the model."""
+    """A micro-batch size and a placement that can be put on the model, which is the plan's where there is one."""
 
     micro_batch_size: int
     placement: str
-    make: Callable[[], Applied]
+    plan: Plan | None = None
 
     @property
     def key(self) -> Key:
         return self.micro_batch_size, self.placement
 
+    def on(self, case: Case, workload: Workload) -> Applied:
+        """The model with the placement on it."""
+        if self.plan is not None:
+            return planned(workload.model, self.plan)
+        if self.placement == EVERY_BLOCK:
+            return every_block(workload.model, case.blocks(workload.model))
+        return plain(workload.model)
+
 
 class Steps:
-    """Whole optimizer steps of the global batch, in whatever way."""
+    """Whole optimizer steps of the global batch in one way, in this process."""
 
-    def __init__(self, case: Case, workload: Workload) -> None:
+    def __init__(self, case: Case, workload: Workload, way: Way) -> None:
         self._model = workload.model
         self._stepper: Stepper = stepper_for(workload, "adamw", "fp32", CPU)
-        self._batch = workload.batch(case.global_batch_size)
-        self._size = case.global_batch_size
+        self._micro_batches = list(
+            split(
+                workload.batch(case.global_batch_size),
+                case.global_batch_size,
+                case.global_batch_size // way.micro_batch_size,
+            )
+        )
 
-    def run(self, way: Way) -> float:
-        """Seconds of one step on the wall clock, which is what samples per second are counted by."""
+    def _step(self) -> object:
+        return self._stepper.step(self._micro_batches, len(self._micro_batches))
+
+    def seconds(self) -> float | None:
+        """Of one step on the wall clock, which samples per second are counted by; None where memory is refused."""
         gc.collect()
-        micro_batches = self._micro_batches(way)
-        with way.make():
-            began = time.perf_counter()
-            self._stepper.step(micro_batches, len(micro_batches))
-            return time.perf_counter() - began
-
-    def seconds(self, way: Way) -> float | None:
-        """Of a step; None where it does not find the memory that it asks for."""
+        began = time.perf_counter()
         try:
-            return self.run(way)
-        except RuntimeError as error:
+            self._step()
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        self._stepper.optimizer.zero_grad(set_to_none=True)
-        return None
+            return None
+        return time.perf_counter() - began
 
-    def peak_bytes(self, way: Way) -> int:
+    def peak_bytes(self) -> int:
         """The allocator's, over one step."""
-        micro_batches = self._micro_batches(way)
-        with way.make():
-            return measure_step(
-                lambda: self._stepper.step(micro_batches, len(micro_batches)),
-                self._model, self._stepper.optimizer, micro_batches, CPU,
-            ).peak_bytes  # fmt: skip
+        return measure_step(
+            self._step, self._model, self._stepper.optimizer, self._micro_batches, CPU
+        ).peak_bytes
 
-    def _micro_batches(self, way: Way) -> list[Any]:
-        return list(split(self._batch, self._size, self._size // way.micro_batch_size))
+
+SECONDS, PEAK_BYTES = "seconds", "peak bytes"
+"""What a process is asked for."""
+
+
+def serve(asked: Connection, case: str, way: Way, budget_bytes: int) -> None:
+    """A process behind a wall: it takes a step in one way whenever it is asked to, until nobody will ask again."""
+    torch.manual_seed(0)
+    wall = Wall.before_the_model()
+    workload = CASES[case].build()
+    steps = Steps(CASES[case], workload, way)
+    with way.on(CASES[case], workload), contextlib.suppress(EOFError):
+        while True:
+            if asked.recv() == SECONDS:
+                wall.stand(budget_bytes)
+                asked.send(steps.seconds())
+            else:
+                wall.lift()
+                asked.send(steps.peak_bytes())
+
+
+class Server:
+    """The other side of ``serve``."""
+
+    def __init__(self, context: ForkServerContext, case: Case, way: Way, budget_bytes: int) -> None:
+        self._way = way
+        self._line, asked = context.Pipe()
+        self._process = context.Process(target=serve, args=(asked, case.name, way, budget_bytes), daemon=True)
+        self._process.start()
+        asked.close()
+
+    def seconds(self) -> float | None:
+        """Of a step, None where it is refused memory."""
+        found: float | None = self._answer(SECONDS)
+        return found
+
+    def peak_bytes(self) -> int:
+        """Of a step with the wall lifted."""
+        found: int = self._answer(PEAK_BYTES)
+        return found
+
+    def close(self) -> None:
+        """The process ends once nobody can ask it anything."""
+        self._line.close()
+        self._process.join()
+
+    def _answer(self, question: str) -> Any:
+        self._line.send(question)
+        try:
+            return self._line.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(
+                f"The process of {self._way.key} died with exit code {self._process.exitcode}."
+            ) from None
 
 
 Essence = tuple[int, object, int | None]
 """What tells one way from another: micro-batch size, placement, chunks of the loss."""
 
 
-def ways(
-    case: Case, workload: Workload, profile: Profile, plans: dict[str, Plan], budget_bytes: int
-) -> dict[Essence, Way]:
+def ways(case: Case, profile: Profile, plans: dict[str, Plan], budget_bytes: int) -> dict[Essence, Way]:
     """All that are tried, the plans first, none twice."""
-    model, blocks = workload.model, case.blocks(workload.model)
     found: dict[Essence, Way] = {}
     for name, plan in plans.items():
-        found.setdefault(_essence(plan), _planned(model, plan, name))
+        found.setdefault(_essence(plan), _planned(plan, name))
     for size in case.micro_batch_sizes:
-        found.setdefault(
-            (size, (), None),
-            Way(micro_batch_size=size, placement=PLAIN, make=functools.partial(plain, model)),
-        )
-        found[size, EVERY_BLOCK, None] = Way(
-            micro_batch_size=size, placement=EVERY_BLOCK, make=functools.partial(every_block, model, blocks)
-        )
+        found.setdefault((size, (), None), Way(micro_batch_size=size, placement=PLAIN))
+        found[size, EVERY_BLOCK, None] = Way(micro_batch_size=size, placement=EVERY_BLOCK)
     considered = space(profile, case.global_batch_size, budget_bytes)
     plan = considered.plan()
     for knobs in considered.candidates():
@@ -148,17 +207,13 @@ def ways(
             choices[f"front {number + 1}{chunks}"] = considered.choice(knobs, index)
         for name, choice in choices.items():
             other = instead(plan, choice)
-            found.setdefault(_essence(other), _planned(model, other, name))
+            found.setdefault(_essence(other), _planned(other, name))
     return found
 
 
-def _planned(model: nn.Module, plan: Plan, name: str) -> Way:
+def _planned(plan: Plan, name: str) -> Way:
     placement = name if plan.checkpoint or plan.loss_chunks else PLAIN
-    return Way(
-        micro_batch_size=plan.micro_batch_size,
-        placement=placement,
-        make=functools.partial(planned, model, plan),
-    )
+    return Way(micro_batch_size=plan.micro_batch_size, placement=placement, plan=plan)
 
 
 def _essence(plan: Plan) -> Essence:
@@ -173,7 +228,7 @@ def spread(items: Sequence[int], count: int) -> list[int]:
 
 
 class NoMemory(Exception):
-    """A way that ran before was refused memory: the heap's holes are others than they were then."""
+    """A way that ran before was refused memory."""
 
     def __init__(self, way: Way) -> None:
         super().__init__(f"{way.micro_batch_size} x {way.placement}")
@@ -202,48 +257,58 @@ def lasting(
             left.remove(refused.way)
         else:
             return {way.key: found for way, found in zip(left, ratios, strict=True)}, seconds
-    raise RuntimeError("All ways that ran once were refused memory later: what the process holds has grown.")
+    raise RuntimeError("All ways that ran at first were refused memory later.")
 
 
 def measured(case: Case, budget_bytes: int, folder: Path) -> Finals:
-    """Sieve and finals, behind the wall; the reference is the plan, or where it does not run the first that does."""
+    """Sieve and finals; the reference is the plan, or where it does not run the first way that does."""
     profile = records.read(folder / "ours" / "profile.json", Profile)
     plans = {
         name: load_plan(folder / name / "plan.json")
         for name in OURS
         if (folder / name / "plan.json").exists()
     }
-    torch.manual_seed(0)
-    wall = Wall.before_the_model()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["studies.brute_force"])
     began = time.perf_counter()
-    workload = case.build()
-    tried = ways(case, workload, profile, plans, budget_bytes)
-    steps = Steps(case, workload)
-    wall.stand(budget_bytes)
-    running = [way for way in tried.values() if steps.seconds(way) is not None]
-    first, _ = lasting(steps.seconds, running, SIEVE_ROUNDS)
-    sieve = {key: statistics.median(ratios) for key, ratios in first.items()}
-    seconds = time.perf_counter() - began
-    of_plans = {name: tried[_essence(plan)].key for name, plan in plans.items()}
-    alive = dict(sieve)
-    while True:
-        chosen = {*close(alive), *of_plans.values(), *of_tools(case, folder, alive)}
-        last = [way for way in running if way.key in chosen & alive.keys()]
-        ratios, taken = lasting(steps.seconds, last, FINAL_ROUNDS)
-        if len(ratios) == len(last):
-            break
-        # What a tool falls back on then has yet to be measured.
-        alive = {key: ratio for key, ratio in alive.items() if key in ratios or key not in chosen}
-    wall.lift()
-    judged = {
-        way.key: Measured(
-            micro_batch_size=way.micro_batch_size, placement=way.placement, sieve=sieve[way.key],
-            ratio=statistics.median(ratios[way.key]), noise=standard_error(ratios[way.key]),
-            peak_memory_bytes=steps.peak_bytes(way),
-        )
-        for way in running
-        if way.key in ratios
-    }  # fmt: skip
+    tried = ways(case, profile, plans, budget_bytes)
+    with contextlib.ExitStack() as closing:
+        servers: dict[Key, Server] = {}
+        for number, way in enumerate(tried.values()):
+            server = Server(context, case, way, budget_bytes)
+            if all(server.seconds() is not None for _ in range(FIRST_STEPS)):
+                closing.callback(server.close)
+                servers[way.key] = server
+            else:
+                server.close()
+            say(case, f"way {number + 1} of {len(tried)}, {way.micro_batch_size} x {way.placement}: "
+                      f"{'runs' if way.key in servers else 'out of memory'}")  # fmt: skip
+
+        def seconds_of(way: Way) -> float | None:
+            return servers[way.key].seconds()
+
+        running = [way for way in tried.values() if way.key in servers]
+        first, _ = lasting(seconds_of, running, SIEVE_ROUNDS)
+        sieve = {key: statistics.median(ratios) for key, ratios in first.items()}
+        seconds = time.perf_counter() - began
+        of_plans = {name: tried[_essence(plan)].key for name, plan in plans.items()}
+        alive = dict(sieve)
+        while True:
+            chosen = {*close(alive), *of_plans.values(), *of_tools(case, folder, alive)}
+            last = [way for way in running if way.key in chosen & alive.keys()]
+            ratios, taken = lasting(seconds_of, last, FINAL_ROUNDS)
+            if len(ratios) == len(last):
+                break
+            # What a tool falls back on then has yet to be measured.
+            alive = {key: ratio for key, ratio in alive.items() if key in ratios or key not in chosen}
+        judged = {
+            key: Measured(
+                micro_batch_size=key[0], placement=key[1], sieve=sieve[key],
+                ratio=statistics.median(ratios[key]), noise=standard_error(ratios[key]),
+                peak_memory_bytes=servers[key].peak_bytes(),
+            )
+            for key in ratios
+        }  # fmt: skip
     return Finals(
         ways=tuple(
             judged.get(way.key)
