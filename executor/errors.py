@@ -21,13 +21,3 @@ class Interrupted(Exception):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number = signal_number
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation was refused. A CPU's allocator has no exception of its own for it."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    refusals = ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
-    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in refusals)

@@ -28,7 +28,7 @@ from executor.accumulation import AccumulationController, AdaptiveAccumulation, 
 from executor.data import TrainingData
 from executor.engine import PreparedStep
 from executor.engines import Engine
-from executor.errors import Interrupted, NotFinite, OutOfMemory, PlanDoesNotFit, is_out_of_memory
+from executor.errors import Interrupted, NotFinite, OutOfMemory, PlanDoesNotFit
 from executor.evaluation import evaluate
 from executor.fallback import NoFallback, described, next_plan
 from executor.last_good import LastGood, RandomState
@@ -43,7 +43,7 @@ from planner.cost import instead
 from planner.plan import Plan
 from profiler import energy
 from profiler.allocator import AllocatorMeter, bytes_of, measure_step
-from profiler.device import release_freed_memory
+from profiler.device import is_out_of_memory, release_freed_memory
 from profiler.step import StepObserver, Stepper
 from profiler.timing import to_device
 from profiler.workload import Workload, split

@@ -14,7 +14,6 @@ import sys
 import traceback
 from pathlib import Path
 
-from executor.errors import is_out_of_memory
 from executor.parent import die_with
 from planner.outcome import TrialResult
 from planner.plan import Plan, load_plan
@@ -42,7 +41,7 @@ def main() -> int:
 def measured(plan: Plan, steps: int, wall_bytes: int | None) -> TrialResult:
     """Verify a plan; whatever it raises is an outcome too."""
     from executor.verification import device_of, verify
-    from profiler.device import keep_freed_memory
+    from profiler.device import is_out_of_memory, keep_freed_memory
 
     try:
         device = device_of(plan)

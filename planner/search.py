@@ -181,12 +181,12 @@ def space(
     _check_arguments(profile, global_batch_size, memory_budget_bytes, weights)
     distributions = _distributions(profile, world_size, zero_stages, link)
     chosen = _precisions(profile, precisions, world_size)
-    sizes = _micro_batch_sizes(profile, global_batch_size, world_size)
+    plainest, largest = _plainest(profile, chosen, global_batch_size, world_size)
     candidates = _Candidates(profile, global_batch_size)
     ways = candidates.ways(distributions, chosen)
     terms = _Terms.of(profile, memory_budget_bytes, calibration, world_size)
     by_hand = replace(distributions[0], zero_stage=0)
-    baselines = _baselines(profile, chosen[0], global_batch_size, sizes[-1], by_hand, terms)
+    baselines = _baselines(profile, plainest, global_batch_size, largest, by_hand, terms)
     return Space(
         profile,
         global_batch_size,
@@ -240,7 +240,7 @@ class _Candidates:
             for distribution in distributions
             for measured in precisions
             for loss_chunks in (_loss_chunks(measured, distribution) if chunked else (None,))
-            for b in _micro_batch_sizes(self._profile, self._global_batch_size, distribution.world_size)
+            for b in _micro_batch_sizes(measured, self._global_batch_size, distribution.world_size)
         )
 
     def at(self, way: _Way, *, deeper: bool = False) -> _Candidate:
@@ -485,11 +485,9 @@ def _precisions(
         names = tuple(name for name in names if name == "fp32")
     missing = [name for name in names if profile.at(name) is None]
     if missing or not names:
-        hopeless = {h.precision: h.slowdown for h in profile.hopeless}
-        reasons = [
-            f"{name} ({hopeless[name]:.1f} times slower than fp32 here)" if name in hopeless else name
-            for name in missing
-        ]
+        why = {each.precision: " (its smallest plain step was refused memory)" for each in profile.too_large}
+        why |= {h.precision: f" ({h.slowdown:.1f} times slower than fp32 here)" for h in profile.hopeless}
+        reasons = [f"{name}{why.get(name, '')}" for name in missing]
         there = ", ".join(p.precision for p in profile.precisions)
         raise PrecisionNotProfiled(
             f"The profile holds {there}, not {', '.join(reasons) or 'no precision at all'}. "
@@ -502,18 +500,28 @@ class PrecisionNotProfiled(ValueError):
     """The profile does not hold a precision that was asked for."""
 
 
-def _micro_batch_sizes(profile: Profile, global_batch_size: int, world_size: int) -> list[int]:
-    low, high = profile.micro_batch_sizes[0], profile.micro_batch_sizes[-1]
-    sizes = [
+def _micro_batch_sizes(measured: PrecisionProfile, global_batch_size: int, world_size: int) -> list[int]:
+    """Those in a precision's profiled range that divide the global batch, rising."""
+    low, high = measured.micro_batch_sizes[0], measured.micro_batch_sizes[-1]
+    return [
         b for b in range(low, min(high, global_batch_size) + 1) if global_batch_size % (b * world_size) == 0
     ]
-    if not sizes:
-        times = "" if world_size == 1 else f"{world_size} times "
-        raise ValueError(
-            f"global_batch_size must be a multiple of {times}a micro-batch size between {low} and {high}, the "
-            f"profiled range, got {global_batch_size}. Profile other sizes with --batch."
-        )
-    return sizes
+
+
+def _plainest(
+    profile: Profile, chosen: Sequence[PrecisionProfile], global_batch_size: int, world_size: int
+) -> tuple[PrecisionProfile, int]:
+    """The first of the precisions with a micro-batch for the global batch, and the largest that it has."""
+    for measured in chosen:
+        sizes = _micro_batch_sizes(measured, global_batch_size, world_size)
+        if sizes:
+            return measured, sizes[-1]
+    low, high = profile.micro_batch_sizes[0], profile.micro_batch_sizes[-1]
+    times = "" if world_size == 1 else f"{world_size} times "
+    raise ValueError(
+        f"global_batch_size must be a multiple of {times}a micro-batch size between {low} and {high}, the "
+        f"profiled range, got {global_batch_size}. Profile other sizes with --batch."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -770,7 +778,8 @@ class Batches:
     def runnable(self, global_batch_sizes: Sequence[int]) -> list[int]:
         """Those of the sizes that some profiled micro-batch and the number of processes divide."""
         sizes = np.asarray(global_batch_sizes)
-        low, high = self._profile.micro_batch_sizes[0], self._profile.micro_batch_sizes[-1]
+        low = min(measured.micro_batch_sizes[0] for measured in self._precisions)
+        high = max(measured.micro_batch_sizes[-1] for measured in self._precisions)
         found = np.zeros(len(sizes), dtype=np.bool_)
         for b in range(low, high + 1):
             found |= sizes % (b * self._world_size) == 0
@@ -778,17 +787,18 @@ class Batches:
 
     def plain(self, global_batch_size: int) -> Prediction:
         """The plan that recomputes nothing, the baseline of a global batch."""
-        sizes = _micro_batch_sizes(self._profile, global_batch_size, self._world_size)
+        plainest, largest = _plainest(self._profile, self._precisions, global_batch_size, self._world_size)
         by_hand = replace(self._distributions[0], zero_stage=0)
-        found = _baselines(
-            self._profile, self._precisions[0], global_batch_size, sizes[-1], by_hand, self._terms
-        )
+        found = _baselines(self._profile, plainest, global_batch_size, largest, by_hand, self._terms)
         return found.plain.prediction
 
     def points(self, global_batch_size: int) -> list[Points]:
         """All placements of a global batch; where none of a single level fits, segments inside segments as well."""
-        sizes = _micro_batch_sizes(self._profile, global_batch_size, self._world_size)
-        keys = [(way, b) for way in range(len(self._ways)) for b in sizes]
+        keys = [
+            (way, b)
+            for way, (_, measured, _) in enumerate(self._ways)
+            for b in _micro_batch_sizes(measured, global_batch_size, self._world_size)
+        ]
         found = [self._points(way, b, global_batch_size, deeper=False) for way, b in keys]
         if not any(points.fits.any() for points in found):
             found += [self._points(way, b, global_batch_size, deeper=True) for way, b in keys]

@@ -271,14 +271,24 @@ class _Questions:
 
     def micro_batches(self, own: Choice) -> Iterator[WhatIf]:
         """Larger micro-batches than were profiled, where the plan takes the largest."""
-        low, high = self._profile.micro_batch_sizes[0], self._profile.micro_batch_sizes[-1]
+        measured = self._profile.at(own.precision)
+        assert measured is not None
+        low, high = measured.micro_batch_sizes[0], measured.micro_batch_sizes[-1]
         if (
-            own.micro_batch_size == high
-            and self._space.global_batch_size % (2 * high * self._space.world_size) == 0
+            own.micro_batch_size != high
+            or self._space.global_batch_size % (2 * high * self._space.world_size) != 0
         ):
+            return
+        refused = [each for each in self._profile.too_large if each.precision == own.precision]
+        if refused:
+            reason = (
+                f"a plain step of {refused[0].micro_batch_size} was refused memory when it was profiled, so nothing "
+                "larger was timed; planner profile --fake tells their times by a roofline"
+            )
+        else:
             sizes = ",".join(str(size) for size in dict.fromkeys((low, high, 2 * high)))
             reason = f"{high} is the largest that was profiled: planner profile --batch {sizes}"
-            yield self._unknown("micro_batch", "larger micro-batches", reason)
+        yield self._unknown("micro_batch", "larger micro-batches", reason)
 
 
 def _size(power_of_two: int) -> str:

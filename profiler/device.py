@@ -54,6 +54,14 @@ def describe(device: torch.device) -> DeviceRecord:
     )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation was refused. A CPU's allocator has no exception of its own for it."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    refusals = ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
+    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in refusals)
+
+
 def found() -> dict[str, DeviceRecord]:
     """The devices that are here, by the names that ``resolve`` knows them by."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -7,8 +7,9 @@ Fake steps give the chain and the memory curves, real ones the times and one pea
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from profiler import catalogue, energy, noise
 from profiler import device as devices
 from profiler.allocator import measure_step
-from profiler.chain import discover
+from profiler.chain import Stage, discover
 from profiler.chunked import can_be_chunked, chunks_for, in_chunks
 from profiler.communication import measure_link
 from profiler.live import CUDA_BLOCK_BYTES
@@ -36,6 +37,7 @@ from profiler.profile_record import (
     Profile,
     ProfileCost,
     StageTime,
+    TooLarge,
 )
 from profiler.rehearsal import calling, rehearse
 from profiler.step import Loss
@@ -86,6 +88,8 @@ def profile(
     to probe the gradient noise scale with, 0 for not at all. ``world_size``: how many processes the link is measured
     between, 1 for not at all. Raises ValueError for bad arguments and for a workload
     that cannot be profiled; the model is left as it was. ``fake``, and a ``device`` of the catalogue: nothing is run.
+    Micro-batches whose plain step is refused memory are left out (``Profile.too_large``), and it is a ValueError
+    where that is the smallest.
     """
     sizes = _checked_sizes(batch_sizes)
     wanted = _checked_precisions(precisions)
@@ -115,8 +119,9 @@ def profile(
     began = time.perf_counter()
     block_bytes = CUDA_BLOCK_BYTES if target.type == "cuda" else 1
     hopeless: list[HopelessPrecision] = []
+    too_large: list[TooLarge] = []
     measured: list[PrecisionProfile] = []
-    with on_device(workload, target) as given:
+    with _refusals_explained(target, sizes[0]), on_device(workload, target) as given:
         counted = _CountedLoss(given.loss)
         placed = replace(given, loss=counted)
         progress("trying every call once")
@@ -146,23 +151,24 @@ def profile(
             timings: list[Timing] = []
             for size in sizes:
                 progress(f"{precision}: timing micro-batch {size}")
-                timings.append(
-                    measure_times(
-                        placed,
-                        stages,
-                        optimizer=optimizer,
-                        precision=precision,
-                        micro_batch_size=size,
-                        device=target,
-                        steps=steps,
-                        workspaces=workspaces,
+                timing = _unless_refused(
+                    placed, stages, optimizer=optimizer, precision=precision, micro_batch_size=size, device=target,
+                    steps=steps, workspaces=workspaces, must=precision == "fp32" and not timings,
+                )  # fmt: skip
+                if timing is None:
+                    too_large.append(TooLarge(precision=precision, micro_batch_size=size))
+                    progress(
+                        f"{precision}: micro-batch {size} was refused memory, left out like all larger ones"
                     )
-                )
+                    break
+                timings.append(timing)
+            if not timings:
+                continue
             chunked: list[tuple[StageTime, StageTime | None]] = []
             chunks = chunks_for(placed.batch(sizes[-1])) if can_be_chunked(placed.model) else None
             if chunks is not None:
                 with in_chunks(placed.model, chunks):
-                    for size, timing in zip(sizes, timings, strict=True):
+                    for size, timing in zip(sizes, timings, strict=False):
                         progress(f"{precision}: timing micro-batch {size} with the loss in {chunks} chunks")
                         last = measure_last_stage(
                             placed, stages, timing, optimizer=optimizer, precision=precision,
@@ -190,8 +196,9 @@ def profile(
                 )
             )
         progress("measuring one real step's peak memory")
-        check = _check_memory(placed, optimizer, sizes, target)
-        drawn = _energy(placed, measured, optimizer, sizes[-1], target, watts, progress)
+        check = _check_memory(placed, optimizer, measured[0].micro_batch_sizes, target)
+        largest = min(each.micro_batch_sizes[-1] for each in measured)
+        drawn = _energy(placed, measured, optimizer, largest, target, watts, progress)
         noise_scale = None
         if noise_steps:
             progress(f"probing gradients: {noise_steps} steps of {noise.MICRO_BATCHES} micro-batches")
@@ -207,7 +214,7 @@ def profile(
         optimizer=optimizer,
         device=devices.describe(target),
         versions=devices.versions(),
-        micro_batch_sizes=sizes,
+        micro_batch_sizes=max((each.micro_batch_sizes for each in measured), key=len),
         stages=stage_records(stages),
         precisions=tuple(measured),
         hopeless=tuple(hopeless),
@@ -217,7 +224,50 @@ def profile(
         noise_scale=noise_scale,
         parameters=parameters,
         link=link,
+        too_large=tuple(too_large),
     )
+
+
+@contextlib.contextmanager
+def _refusals_explained(device: torch.device, smallest: int) -> Iterator[None]:
+    """Memory that was refused and that nothing can be done about here is the user's to know about."""
+    try:
+        yield
+    except Exception as error:
+        if not devices.is_out_of_memory(error) and not devices.is_out_of_memory(error.__cause__ or error):
+            raise
+        raise ValueError(
+            f"--batch must begin with a micro-batch whose plain step fits on the {device.type} device, and {smallest} "
+            "was refused memory: a profile runs plain steps. Take a smaller one or shorter samples, free memory there, "
+            "or run nothing (--fake): shapes then give the memory, and a roofline the time."
+        ) from error
+
+
+def _unless_refused(
+    workload: Workload,
+    stages: Sequence[Stage],
+    *,
+    optimizer: str,
+    precision: Precision,
+    micro_batch_size: int,
+    device: torch.device,
+    steps: int,
+    workspaces: Workspaces,
+    must: bool,
+) -> Timing | None:
+    """``measure_times``, or None where it is refused memory, unless it ``must`` not be."""
+    try:
+        return measure_times(
+            workload, stages, optimizer=optimizer, precision=precision, micro_batch_size=micro_batch_size,
+            device=device, steps=steps, workspaces=workspaces,
+        )  # fmt: skip
+    except Exception as error:
+        if must or not devices.is_out_of_memory(error):
+            raise
+    # Out of the handler, which holds the frames of the step and with them its tensors.
+    workload.model.zero_grad(set_to_none=True)
+    devices.release_freed_memory(device)
+    return None
 
 
 def _chunked_head(

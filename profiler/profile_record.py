@@ -183,6 +183,11 @@ class PrecisionProfile(Record):
     process_cpu: tuple[StepTime, ...] | None
     chunked_head: ChunkedHead | None = None
 
+    @property
+    def micro_batch_sizes(self) -> tuple[int, ...]:
+        """Those that were timed, rising."""
+        return tuple(step.micro_batch_size for step in self.wall)
+
     def with_chunks(self, loss_chunks: int | None) -> PrecisionProfile:
         """As it is, or with its last stage as in ``chunked_head``. Raises ValueError for other numbers of chunks."""
         if loss_chunks is None:
@@ -228,6 +233,13 @@ class HopelessPrecision(Record):
 
     precision: Precision
     slowdown: Annotated[float, Meta(gt=0)]
+
+
+class TooLarge(Record):
+    """The smallest micro-batch of a precision whose plain step was refused memory; larger ones were not tried."""
+
+    precision: Precision
+    micro_batch_size: Positive
 
 
 class StageRecord(Record):
@@ -344,6 +356,7 @@ class Profile(Document, tag="profile"):
     ``memory_check`` None: nothing was run (profiler/unmeasured.py). ``parameters``: what several processes deal out.
     ``link`` None: it was not measured how processes reach each other, so nothing is planned for more than one.
     ``kernels_tried``: no step was run, but every operation of one by itself, for what its kernel takes.
+    ``micro_batch_sizes``: those that some precision was timed at.
     """
 
     current_version: ClassVar[int] = 1
@@ -365,6 +378,7 @@ class Profile(Document, tag="profile"):
     parameters: tuple[ParameterRecord, ...] = ()
     link: Link | None = None
     kernels_tried: bool = False
+    too_large: tuple[TooLarge, ...] = ()
 
     @property
     def time_source(self) -> TimeSource:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ def measure_times(
     worst = (workload.worst_batch(micro_batch_size) for _ in range(MICRO_BATCHES_PER_STEP))
     readings: list[_Reading] = []
     spent = 0.0
-    with marks.watching(workload.model), torch.autograd.graph.saved_tensors_hooks(saves.pack, lambda t: t):
+    with marks.watching(workload.model), saves.watching():
         with workspaces.watching():
             _check_finite(stepper.step(worst, MICRO_BATCHES_PER_STEP, marks), precision, micro_batch_size)
         saves.learn()
@@ -172,6 +173,7 @@ def measure_times(
                 marks.step_ended()
             synchronize(device)
             forwards.append(clock.read())
+            saves.let_go()
     readings = [readings[index] for index in yardstick.undisturbed()]
     wall = _summary(
         [r.wall for r in readings],
@@ -206,7 +208,7 @@ def measure_last_stage(
     saves = _LastSave(clock)
     marks = WindowMarks(stages, saves.window)
     batches = [workload.batch(micro_batch_size) for _ in range(MICRO_BATCHES_PER_STEP)]
-    with marks.watching(workload.model), torch.autograd.graph.saved_tensors_hooks(saves.pack, lambda t: t):
+    with marks.watching(workload.model), saves.watching():
         with workspaces.watching():
             _check_finite(stepper.step(batches, MICRO_BATCHES_PER_STEP, marks), precision, micro_batch_size)
         synchronize(device)
@@ -305,11 +307,25 @@ class _Reading:
         return _total(self.wall)
 
 
+class _Saved:
+    """A tensor that autograd saved.
+
+    Handed back as it is, an output that its own operation saves would keep that operation alive, and all before it,
+    unless a backward pass comes: none does for a step that is refused memory.
+    """
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor: torch.Tensor | None = tensor
+
+
 class _LastSave:
     """Marks the moment of each stage's last saved tensor, once a first step has shown how many it saves."""
 
     def __init__(self, clock: _CpuClock | _CudaClock) -> None:
         self._clock = clock
+        self._saved: list[weakref.ref[_Saved]] = []
         self._window: Window = ("between", 0, 0)
         self._counts: dict[int, int] = defaultdict(int)
         self._last: dict[int, int] = {}
@@ -324,7 +340,24 @@ class _LastSave:
         self._window, self._seen = window, 0
         self._clock.mark(window)
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """While steps run; afterwards nothing of them stays, however they ended."""
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: saved.tensor):
+                yield
+        finally:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Of all that no backward pass will ask for any more."""
+        for reference in self._saved:
+            saved = reference()
+            if saved is not None:
+                saved.tensor = None
+        self._saved.clear()
+
+    def _pack(self, tensor: torch.Tensor) -> _Saved:
         phase, micro_batch, stage = self._window
         if phase == "forward":
             self._seen += 1
@@ -332,7 +365,9 @@ class _LastSave:
                 self._counts[stage] = max(self._counts[stage], self._seen)
             elif self._last.get(stage) == self._seen:
                 self._clock.mark_inside(("saved", micro_batch, stage))
-        return tensor
+        saved = _Saved(tensor)
+        self._saved.append(weakref.ref(saved))
+        return saved
 
     def learn(self) -> None:
         if not self._last:

@@ -35,12 +35,12 @@ from typing import Any
 import msgspec
 import torch
 
-from executor.errors import is_out_of_memory
 from planner.cost import instead
 from planner.plan import Plan, load_plan
 from planner.search import space
 from profiler import records
 from profiler.allocator import measure_step
+from profiler.device import is_out_of_memory
 from profiler.profile_record import Profile
 from profiler.step import Stepper
 from profiler.timing import stepper_for

@@ -34,9 +34,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 import planner
 import profiler
-from executor.errors import is_out_of_memory
 from planner.cost import memory_error, plain_peak_bytes
 from profiler import records
+from profiler.device import is_out_of_memory
 from profiler.profile_record import Profile
 from profiler.step import build_optimizer
 from profiler.timing import MICRO_BATCHES_PER_STEP, stepper_for

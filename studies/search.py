@@ -75,6 +75,7 @@ CLOSE = 0.03
 """How far the plan may be behind the best of brute force."""
 
 TIME_LIMIT_SECONDS = 900.0
+"""For a tool to decide in."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,7 +288,10 @@ def decided(case: Case, tool: str, checkpointing: bool, budget_bytes: int, folde
     folder.mkdir()
     began = time.perf_counter()
     flags = ("--checkpointing",) if checkpointing else ()
-    ended = _child("studies.rivals", case.name, tool, str(budget_bytes), str(folder), *flags)
+    ended = _child(
+        "studies.rivals", case.name, tool, str(budget_bytes), str(folder), *flags,
+        time_limit_seconds=TIME_LIMIT_SECONDS,
+    )  # fmt: skip
     written = folder / "decision.json"
     if written.exists():
         return msgspec.json.decode(written.read_bytes(), type=Decision)
@@ -296,15 +300,18 @@ def decided(case: Case, tool: str, checkpointing: bool, budget_bytes: int, folde
     )
 
 
-def _child(module: str, *arguments: str) -> str:
-    """Run a module in a fresh process, as it is to run behind a wall; the last line that it said."""
+def _child(module: str, *arguments: str, time_limit_seconds: float | None = None, heard: bool = False) -> str:
+    """Run a module in a fresh process, as it is to run behind a wall; the last line that it said.
+
+    ``heard``: what it says to stderr is said, and no part of that.
+    """
     try:
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments], env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, check=False, timeout=TIME_LIMIT_SECONDS,
+            stderr=None if heard else subprocess.STDOUT, text=True, check=False, timeout=time_limit_seconds,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return f"ended after {TIME_LIMIT_SECONDS:g} s"
+        return f"ended after {time_limit_seconds:g} s"
     lines = done.stdout.strip().splitlines() or [f"exit status {done.returncode}"]
     return lines[-1][:300]
 
@@ -330,7 +337,7 @@ def measured(case: Case) -> tuple[list[Row], Finals]:
                 f"{own.name}: {found.found} in {found.seconds:.1f} s, {found.out_of_memory_events} out of memory"
                 + (f" ({found.ended})" if found.ended else ""),
             )
-        ended = _child("studies.brute_force", case.name, str(budget_bytes), str(folder))
+        ended = _child("studies.brute_force", case.name, str(budget_bytes), str(folder), heard=True)
         written = folder / "finals.json"
         if not written.exists():
             raise RuntimeError(f"brute force of {case.name} died: {ended}")

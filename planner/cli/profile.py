@@ -153,7 +153,8 @@ def show(profile: Profile, path: Path) -> None:
     from planner.explain import stage_groups
 
     out = console()
-    device, check, largest = profile.device, profile.memory_check, profile.micro_batch_sizes[-1]
+    device, check = profile.device, profile.memory_check
+    largest = profile.precisions[0].micro_batch_sizes[-1]
     threads = "" if device.threads is None else f", {device.threads} thread{'s' * (device.threads > 1)}"
     out.print(heading(f"{profile.model} on {device.name}{threads}"))
     out.print(
@@ -183,10 +184,14 @@ def show(profile: Profile, path: Path) -> None:
     columns = [f"micro-batch {size}" for size in profile.micro_batch_sizes]
     steps = table("precision", *columns, right=columns)
     for measured in profile.precisions:
-        steps.add_row(
-            measured.precision, *(f"{of_seconds(t.step_seconds)} ± {t.spread:.1%}" for t in measured.wall)
-        )
+        times = [f"{of_seconds(t.step_seconds)} ± {t.spread:.1%}" for t in measured.wall]
+        steps.add_row(measured.precision, *times, *["no memory"] * (len(columns) - len(times)))
     out.print(steps)
+    for refused in profile.too_large:
+        out.print(
+            f"{refused.precision}: a plain step of micro-batch {refused.micro_batch_size} was refused memory; "
+            "nothing that large was timed, and no plan takes it."
+        )
     for left_out in profile.hopeless:
         out.print(
             f"{left_out.precision} is {left_out.slowdown:.1f} times slower than fp32 here and was left out."
