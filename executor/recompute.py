@@ -194,8 +194,9 @@ class Checkpoints:
             if self._open is not None and self._open.stretch.leave == call:
                 self._close()
             if self._open is None and call in self._enter and torch.is_grad_enabled():
-                self._open = _Recorder(self, self._enter[call])
-                self._open.start()
+                recorder = _Recorder(self, self._enter[call])
+                recorder.start()
+                self._open = recorder
             if self._open is not None:
                 self._open.passes(call)
             if whole and self._open is not None:
@@ -417,14 +418,15 @@ class _Recorder(TorchFunctionMode):
         self._input_ids: set[int] = set()
 
     def start(self) -> None:
+        """Begin to record. What may be refused memory comes first: nothing is changed then."""
         self._root.random = _RandomState.capture()
+        marker = torch.empty((), requires_grad=True).view(())
+        self._first_node = _sequence_number(marker)
+        known = self._owner.knows_buffers(self._owner.index(self.stretch))
+        self._versions = None if known else self._owner.buffer_versions()
         self._autocast = _Autocast.capture()
         self._cache_was_enabled = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
-        known = self._owner.knows_buffers(self._owner.index(self.stretch))
-        self._versions = None if known else self._owner.buffer_versions()
-        marker = torch.empty((), requires_grad=True).view(())
-        self._first_node = _sequence_number(marker)
         self._contexts = contextlib.ExitStack()
         if self.stretch.keeping is not None:
             self._contexts.enter_context(_Keep(self.stretch.keeping, self._kept))

@@ -113,6 +113,7 @@ def keep_freed_memory() -> bool:
 
 def release_freed_memory(device: torch.device) -> None:
     """Give what is freed but kept back, and on a CPU keep no more: for a process that was refused memory."""
+    let_go_of_a_failed_backward()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return
@@ -124,6 +125,15 @@ def release_freed_memory(device: torch.device) -> None:
         mallopt(M_MMAP_MAX, DEFAULT_MMAP_MAX)
         mallopt(M_TRIM_THRESHOLD, DEFAULT_TRIM_THRESHOLD)
         trim(0)
+
+
+def let_go_of_a_failed_backward() -> None:
+    """Free what is left of a backward pass that ended in an error.
+
+    Autograd's queue of the calling thread holds it, nodes with all that they saved, until the next backward pass.
+    """
+    with torch.enable_grad():
+        torch.ones((), requires_grad=True).exp().backward()  # type: ignore[no-untyped-call]
 
 
 def _is_limited() -> bool:

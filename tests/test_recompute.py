@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from executor.recompute import Checkpoints, SegmentError, Stretch
 from planner.nested import Placed, Segments
 from profiler.chain import Call, discover
+from profiler.device import let_go_of_a_failed_backward
 from profiler.live import LiveStorages
 from profiler.profile_record import KEEPINGS, Keeping, Precision
 from profiler.step import Stepper, build_optimizer
@@ -641,3 +642,64 @@ def test_a_selective_segment_is_equal_to_the_bit_and_keeps_its_products(
     assert set(again) <= {3 * 32, 4 * 32}
     assert again.total() == (len(stages) if keeping == "selective_narrow" else 0)
     assert checkpoints.counts == [[1, 1]] * len(stages)
+
+
+class Refuses(TorchDispatchMode):
+    """Refuses memory to one operation of a step."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self._left = at
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._left == 0:
+            raise MemoryError
+        self._left -= 1
+        return func(*args, **(kwargs or {}))
+
+
+EVERY = 17
+"""Of the some 800 operations of a step; a number that shares no factor with those of a layer."""
+
+
+@pytest.mark.parametrize(
+    ("segments", "keeping"),
+    [((), None), (((1, 5), (5, 9)), None), (((1, 5), (5, 9)), "selective"), (((1, 9), (1, 6), (1, 3)), None)],
+    ids=["plain", "two segments", "selective", "nested"],
+)
+def test_a_step_that_is_refused_memory_anywhere_leaves_nothing_behind(
+    segments: Segments, keeping: Keeping | None
+) -> None:
+    workload = gpt2(layers=3)
+    model, batch = workload.model, workload.batch(2)
+    if keeping is None:
+        apply(workload, segments)
+    else:
+        entries = [Call.parse(stage.entry) for stage in discover(workload)]
+        Checkpoints(
+            model, [Stretch(entries[start], entries[stop], keeping=keeping) for start, stop in segments]
+        )
+    refused = 0
+    gc.freeze()  # So that it need not look at all that was there before.
+    with LiveStorages() as live:
+        live.track((*model.parameters(), *model.buffers(), *batch.values()))
+        workload.loss(model, batch).backward()
+        model.zero_grad()
+        before = live.live_bytes
+        while _was_refused(workload, batch, at=EVERY * refused):
+            refused += 1
+            model.zero_grad()
+            gc.collect()
+            assert live.live_bytes == before, f"operation {EVERY * (refused - 1)}"
+    gc.unfreeze()
+    assert refused > 20
+
+
+def _was_refused(workload: Workload, batch: Any, at: int) -> bool:
+    try:
+        with Refuses(at):
+            workload.loss(workload.model, batch).backward()
+    except MemoryError:
+        let_go_of_a_failed_backward()
+        return True
+    return False
