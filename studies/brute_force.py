@@ -1,9 +1,9 @@
 """Every micro-batch with every placement at hand, really run behind the wall, and timed side by side.
 
-    every way      a few steps: does it run behind the wall?       those that do not are out-of-memory events,
+    every way      two steps: does it run behind the wall?         those that do not are out-of-memory events,
                                                                    as are those that do not later on
-    the sieve      two rounds of one step each                     what is far behind the best is left out
-    the finals     nine rounds: the plan, the best of the sieve, and what each tool would train with
+    the sieve      two rounds of one step each, of all ways whose second step was not much slower than another's
+    the finals     seven rounds: the plan, the best of the sieve, and what each tool would train with
 
 Each way has a process of its own behind a wall of its own, as whoever trains with it would: in one that runs many, what
 earlier ones left on the heap is refused to later ones. A process waits while others take their turns.
@@ -52,11 +52,14 @@ from studies.wall import Wall
 
 CPU = torch.device("cpu")
 
-FIRST_STEPS = 3
+FIRST_STEPS = 2
 """The first makes the optimizer's state, and the second has it."""
 
+HOPELESS = 1.5
+"""In terms of the fastest second step. A step beside nothing scatters by a quarter here."""
+
 SIEVE_ROUNDS = 2
-FINAL_ROUNDS = 9
+FINAL_ROUNDS = 7
 
 FAR_BEHIND = 1.12
 """In terms of the best of the sieve. A single ratio of two steps scatters by some percent."""
@@ -274,11 +277,13 @@ def measured(case: Case, budget_bytes: int, folder: Path) -> Finals:
     tried = ways(case, profile, plans, budget_bytes)
     with contextlib.ExitStack() as closing:
         servers: dict[Key, Server] = {}
+        alone: dict[Key, float] = {}
         for number, way in enumerate(tried.values()):
             server = Server(context, case, way, budget_bytes)
-            if all(server.seconds() is not None for _ in range(FIRST_STEPS)):
+            taken = [server.seconds() for _ in range(FIRST_STEPS)]
+            if taken[-1] is not None and None not in taken:
                 closing.callback(server.close)
-                servers[way.key] = server
+                servers[way.key], alone[way.key] = server, taken[-1]
             else:
                 server.close()
             say(case, f"way {number + 1} of {len(tried)}, {way.micro_batch_size} x {way.placement}: "
@@ -288,8 +293,13 @@ def measured(case: Case, budget_bytes: int, folder: Path) -> Finals:
             return servers[way.key].seconds()
 
         running = [way for way in tried.values() if way.key in servers]
-        first, _ = lasting(seconds_of, running, SIEVE_ROUNDS)
-        sieve = {key: statistics.median(ratios) for key, ratios in first.items()}
+        fastest = min(alone.values())
+        hopeful = [way for way in running if alone[way.key] <= HOPELESS * fastest]
+        first, taken_first = lasting(seconds_of, hopeful, SIEVE_ROUNDS)
+        far = {
+            way.key: alone[way.key] / statistics.median(taken_first) for way in running if way not in hopeful
+        }
+        sieve = far | {key: statistics.median(ratios) for key, ratios in first.items()}
         seconds = time.perf_counter() - began
         of_plans = {name: tried[_essence(plan)].key for name, plan in plans.items()}
         alive = dict(sieve)

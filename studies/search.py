@@ -124,7 +124,7 @@ class Decision(Record):
 class Measured(Record):
     """One way to train, behind the wall. Times are in terms of the reference's around them.
 
-    ``sieve``: None where it did not run. ``ratio``, ``noise`` (the standard error of the ratio) and the peak: None
+    ``sieve``: None where it did not run, rough where it is far behind. ``ratio``, ``noise`` (the standard error of the ratio) and the peak: None
     where it did not come to the finals.
     """
 
