@@ -280,10 +280,10 @@ def measured(case: Case, budget_bytes: int, folder: Path) -> Finals:
         alone: dict[Key, float] = {}
         for number, way in enumerate(tried.values()):
             server = Server(context, case, way, budget_bytes)
-            taken = [server.seconds() for _ in range(FIRST_STEPS)]
-            if taken[-1] is not None and None not in taken:
+            steps = [server.seconds() for _ in range(FIRST_STEPS)]
+            if steps[-1] is not None and None not in steps:
                 closing.callback(server.close)
-                servers[way.key], alone[way.key] = server, taken[-1]
+                servers[way.key], alone[way.key] = server, steps[-1]
             else:
                 server.close()
             say(case, f"way {number + 1} of {len(tried)}, {way.micro_batch_size} x {way.placement}: "

@@ -124,8 +124,8 @@ class Decision(Record):
 class Measured(Record):
     """One way to train, behind the wall. Times are in terms of the reference's around them.
 
-    ``sieve``: None where it did not run, rough where it is far behind. ``ratio``, ``noise`` (the standard error of the ratio) and the peak: None
-    where it did not come to the finals.
+    ``sieve``: None where it did not run, rough where it is far behind. ``ratio``, ``noise`` (the standard error of the
+    ratio) and the peak: None where it did not come to the finals.
     """
 
     micro_batch_size: int
