@@ -89,7 +89,7 @@ def leave() -> None:
 
 def check_same_plan(plan: Plan) -> None:
     """Raise ValueError in every process when they were not all given the same plan. All processes at once."""
-    own = torch.tensor(list(bytes.fromhex(plan.sha256)), dtype=torch.uint8, device=_collective_device())
+    own = torch.tensor(list(bytes.fromhex(plan.sha256)), dtype=torch.uint8, device=collective_device())
     gathered = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(gathered, own)
     ranks: dict[str, list[int]] = {}
@@ -107,7 +107,7 @@ def _of_ranks(ranks: list[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
-def _collective_device() -> torch.device:
+def collective_device() -> torch.device:
     """Where tensors must be for the processes to exchange them."""
     return torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
 
@@ -241,7 +241,7 @@ class DistributedStep:
 
     def agree(self, flag: bool) -> bool:
         """Whether any process says so. All processes at once, and it waits for them."""
-        said = torch.tensor(float(flag), device=_collective_device())
+        said = torch.tensor(float(flag), device=collective_device())
         torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
         return bool(said)
 

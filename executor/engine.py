@@ -33,8 +33,8 @@ def check_one_process(plan: Plan) -> None:
     """Raise PlanDoesNotFit for a plan of several processes, which one process would run with too small a batch."""
     if plan.world_size > 1:
         raise PlanDoesNotFit(
-            f"The plan for {plan.model} is for {plan.world_size} processes, and this runs one. Use "
-            "executor.distributed under torchrun, or optimise with --world-size 1."
+            f"The plan for {plan.model} is for {plan.world_size} processes, and this is one. planner train and planner "
+            "verify start as many; otherwise use executor.distributed under torchrun, or optimise with --world-size 1."
         )
 
 

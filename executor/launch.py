@@ -87,7 +87,12 @@ def launch(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    environment = {LAUNCHER: str(os.getpid()), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace_seconds)}
+    environment = {
+        LAUNCHER: str(os.getpid()),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace_seconds),
+        # What watches memory would say on stderr that it looked for a GPU.
+        "KINETO_LOG_LEVEL": os.environ.get("KINETO_LOG_LEVEL", "99"),
+    }
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     # torch puts an argument through string.Template, to write the local rank into it.

@@ -9,6 +9,7 @@ device has now: a yardstick beside every step tells how it compares with the pro
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -72,9 +73,16 @@ def verify(
 
     ``workload`` is needed for plans made from a workload in Python; others are built from the plan. Raises
     PlanDoesNotFit for another model or device. A model that is passed in is left as it was.
+
+    A plan of several processes is verified in as many, started by torchrun: each calls this, and all get one verdict.
+    DeepSpeed keeps the model that is passed in.
     """
     if steps < 1:
         raise ValueError(f"--steps must be at least 1, got {steps}.")
+    if plan.world_size > 1 and "RANK" in os.environ:
+        from executor.verified_ranks import verify_as_rank
+
+        return verify_as_rank(plan, workload, steps=steps, progress=progress)
     device = device_of(plan)
     workload = workload or build_workload(plan)
     progress("building the model")

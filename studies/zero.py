@@ -5,28 +5,21 @@ to the byte by PyTorch's own CPU allocator, which has been watched since before 
 
     watch ─▶ model, engine ─▶ step 1 ─▶ step 2 ─▶ step 3: its highest point ─▶ stop watching ─▶ timed steps
 
-What another thread frees no profiler sees, and gloo's threads may be the last to let go of a tensor. So while memory
-is watched every collective waits until they have, and the level before and after the measured step shows whether
-anything went unseen.
+How it is watched, says executor/watched.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import gc
 import json
-import operator
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +29,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from executor import distributed
+from executor.watched import COLLECTIVES, collectives_let_go, levels_of
 from planner.communication import Distribution
 from planner.cost import predict, resident_batches
 from planner.memory import peak_window, timeline
@@ -57,8 +51,6 @@ STEPS = 3
 TIMED_STEPS = 3
 TIME_LIMIT_SECONDS = 300
 OPTIMIZER = "adamw"
-LET_GO_SECONDS = 0.005
-"""What gloo's threads get to drop a finished collective; they need microseconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -245,98 +237,6 @@ def train(case: Case, zero_stage: int, stop_watching: Callable[[], None]) -> dic
         "steady_bytes": after - before,
         "step_seconds": statistics.median(seconds),
     }
-
-
-def levels_of(profiler: profile, span: str) -> tuple[int, int, int]:
-    """Bytes in use before a span, at its highest and after it, counted since the profiler was started."""
-    inner = profiler.profiler
-    assert inner is not None
-    assert inner.kineto_results is not None
-    changes, begin, end = [], 0, 0
-    for index, event in enumerate(inner.kineto_results.events()):
-        if event.name() == "[memory]":
-            changes.append((event.start_ns(), index, event.nbytes()))  # type: ignore[attr-defined]
-        elif event.name() == span:
-            begin, end = event.start_ns(), event.start_ns() + event.duration_ns()
-    changes.sort()
-    times = [at for at, _, _ in changes]
-    levels = list(accumulate(change for _, _, change in changes))
-    first, last = bisect_left(times, begin), bisect_right(times, end)
-    return levels[first - 1], max(levels[first - 1 : last]), levels[last - 1]
-
-
-COLLECTIVES = (
-    "all_reduce",
-    "all_gather_into_tensor",
-    "reduce_scatter_tensor",
-    "broadcast",
-    "reduce",
-    "all_gather",
-)
-
-
-class _Handle:
-    """A collective under way, whose ``wait`` also waits until only the caller holds its tensors."""
-
-    def __init__(self, work: Any, tensors: list[torch.Tensor], holders: list[tuple[int, int]]) -> None:
-        self._work = work
-        self._tensors = tensors
-        self._holders = holders
-
-    def wait(self, *args: Any, **kwargs: Any) -> None:
-        if self._work is None:
-            return
-        self._work.wait()
-        # gloo's thread first: whoever drops the work last frees its buffers, and only this thread is watched.
-        time.sleep(LET_GO_SECONDS)
-        self._work = None
-        until = time.monotonic() + 1
-        while any(now > then for now, then in zip(_holders(self._tensors), self._holders, strict=True)):
-            if time.monotonic() > until:
-                break
-            time.sleep(0)
-        self._tensors = []
-
-
-def _holders(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
-    """Who else holds each of these tensors: in Python, and below it."""
-    count: Any = operator.methodcaller("_use_count")  # Not in every version's stubs.
-    return [(sys.getrefcount(tensor), count(tensor)) for tensor in tensors]
-
-
-@contextlib.contextmanager
-def collectives_let_go() -> Iterator[set[str]]:
-    """While what is yielded is not empty, torch's collectives return only when their threads hold nothing any more."""
-    watching = set(COLLECTIVES)
-    originals = {name: getattr(torch.distributed, name) for name in COLLECTIVES}
-
-    def letting_go(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def collective(*args: Any, **kwargs: Any) -> Any:
-            if not watching:
-                return original(*args, **kwargs)
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-            holders = _holders(tensors)
-            asynchronous = kwargs.pop("async_op", False)
-            work = original(*args, **kwargs, async_op=True)
-            if work is None:
-                return None
-            handle = _Handle(work, tensors, holders)
-            del work, tensors
-            if asynchronous:
-                return handle
-            handle.wait()
-            return None
-
-        return collective
-
-    for name, original in originals.items():
-        setattr(torch.distributed, name, letting_go(original))
-    try:
-        yield watching
-    finally:
-        for name, original in originals.items():
-            setattr(torch.distributed, name, original)
 
 
 def main() -> None:

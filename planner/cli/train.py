@@ -6,14 +6,12 @@ Built-in workloads bring data that every machine has; every workload of tokens o
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from planner.cli import arguments
+from planner.cli import arguments, ranks
 
 if TYPE_CHECKING:
     from executor import TrainingReport
@@ -133,16 +131,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _start(args: argparse.Namespace, plan: Plan) -> int:
     """Start the plan's processes on this machine, and say what they came to."""
-    from executor.launch import crowded, launch
     from executor.training import TrainingReport
     from profiler import records
 
-    if (warning := crowded(plan, plan.world_size)) is not None:
-        print(f"planner: {warning}", file=sys.stderr, flush=True)
-    words = ["-m", "planner.cli", *args.words]
-    ended = launch(plan.world_size, words, threads=plan.device.threads)
-    if ended.message is not None:
-        print(f"planner: {ended.message}", file=sys.stderr)
+    ended = ranks.start(args, plan)
     if ended.document is not None and ended.status == 0:
         _say(args, plan, records.decode(ended.document, TrainingReport))
     return ended.status
@@ -177,13 +169,7 @@ def _say(args: argparse.Namespace, plan: Plan, report: TrainingReport) -> None:
 
 
 def _trained(args: argparse.Namespace, plan: Plan) -> TrainingReport:
-    from planner.cli.output import progress
-
-    # Of several processes the first speaks for all.
-    speaking = (
-        progress() if int(os.environ.get("RANK", "0")) == 0 else contextlib.nullcontext(lambda message: None)
-    )
-    with speaking as tell:
+    with ranks.speaking() as tell:
         tell("loading torch")
         import executor
         from executor.training import Progress

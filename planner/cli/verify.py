@@ -1,7 +1,7 @@
 """Run a plan briefly and hold its prediction against what is measured.
 
 Exit code 5 says that a measurement lies outside of the error that the plan states. What was off is kept with the
-device, and decides on the error that later plans state.
+device, and decides on the error that later plans state. A plan for several processes is run in as many.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from planner.cli import arguments
+import msgspec
+
+from planner.cli import arguments, ranks
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from executor import Verification
     from planner.plan import Plan
 
@@ -33,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from planner import calibration
     from planner.plan import load_plan
 
     plan = load_plan(args.plan)
@@ -41,14 +44,41 @@ def run(args: argparse.Namespace) -> int:
         from planner.cost import instead
 
         plan = instead(plan, getattr(plan.baselines, args.baseline))
-    from planner.cli.output import progress
+    if plan.world_size > 1:
+        return _of_several(args, plan)
+    from planner import calibration
 
-    with progress() as tell:
+    with ranks.speaking() as tell:
         tell("loading torch")
         import executor
 
         found = executor.verify(plan, steps=args.steps, progress=tell)
     calibration.learn(plan.device, found.residual)
+    return _said(args, plan, found)
+
+
+def _of_several(args: argparse.Namespace, plan: Plan) -> int:
+    """Start the plan's processes, or be one of them. What was off stays here: it is not the device's alone."""
+    from executor.launch import as_rank, is_rank
+    from executor.verification import Verification
+
+    def work(hand_over: Callable[[bytes], None]) -> int:
+        with ranks.speaking() as tell:
+            tell("loading torch and DeepSpeed")
+            import executor
+
+            hand_over(msgspec.json.encode(executor.verify(plan, steps=args.steps, progress=tell)))
+        return 0
+
+    if is_rank():
+        return as_rank(work)
+    ended = ranks.start(args, plan)
+    if ended.document is None or ended.status != 0:
+        return ended.status
+    return _said(args, plan, msgspec.json.decode(ended.document, type=Verification))
+
+
+def _said(args: argparse.Namespace, plan: Plan, found: Verification) -> int:
     if args.json:
         json.dump(_document(plan, found), sys.stdout, indent=2)
         print()
@@ -59,8 +89,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _document(plan: Plan, found: Verification) -> dict[str, object]:
     """The plan's own document, and what was measured beside it."""
-    import msgspec
-
     whole: dict[str, object] = msgspec.to_builtins(plan)
     measured: dict[str, object] = msgspec.to_builtins(found.measured)
     of_verification: dict[str, object] = msgspec.to_builtins(found)

@@ -1,0 +1,40 @@
+"""Commands whose plan takes several processes: the first one starts them, and says what they came to.
+
+planner COMMAND PLAN ...                             not yet one of several
+  start ──▶ planner COMMAND PLAN ...   in each       as_one: join, the same plan?, work, hand over the document
+  the document of rank 0 ◀──────────────────────     said here, as that of a plan of one process is
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from executor.launch import Ended
+    from planner.plan import Plan
+
+
+def speaking() -> contextlib.AbstractContextManager[Callable[[str], None]]:
+    """The progress line; of several processes the first speaks for all."""
+    from planner.cli.output import progress
+
+    if int(os.environ.get("RANK", "0")) == 0:
+        return progress()
+    return contextlib.nullcontext(lambda message: None)
+
+
+def start(args: argparse.Namespace, plan: Plan) -> Ended:
+    """Start the plan's processes on this machine with the command's own words; what failed is said."""
+    from executor.launch import crowded, launch
+
+    if (warning := crowded(plan, plan.world_size)) is not None:
+        print(f"planner: {warning}", file=sys.stderr, flush=True)
+    ended = launch(plan.world_size, ["-m", "planner.cli", *args.words], threads=plan.device.threads)
+    if ended.message is not None:
+        print(f"planner: {ended.message}", file=sys.stderr)
+    return ended
