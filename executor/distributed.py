@@ -144,11 +144,18 @@ def start_engine(
 
 
 def _clip_as_one_process_does(engine: DeepSpeedEngine) -> None:
-    """Stage 0: all gradients are in every process, whose norm needs no further sum. DeepSpeed's own forgets it."""
+    """Stage 0: all gradients are in every process, whose norm needs no further sum. DeepSpeed's own forgets it.
+
+    Where it is no finite number nothing is updated, as at the later stages: DeepSpeed asks an optimizer for
+    ``overflow`` and counts such a step, and an optimizer leaves alone what has no gradient.
+    """
 
     def clip() -> None:
         norm = nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
         engine._global_grad_norm = norm
+        engine.optimizer.overflow = not bool(torch.isfinite(norm))
+        if engine.optimizer.overflow:
+            engine.module.zero_grad(set_to_none=True)
 
     engine.clip_fp32_gradients = clip
 
@@ -230,7 +237,7 @@ class DistributedStep:
 
     @property
     def skipped(self) -> bool:
-        """Whether the last step changed nothing because gradients were not finite, which stages 1 to 3 refuse."""
+        """Whether the last step changed nothing because gradients were not finite."""
         return self._skipped
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:

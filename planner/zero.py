@@ -435,6 +435,8 @@ def _scattered(
         memory, trainable, [False] * len(trainable), settings, extra_per_flush=int(settings.copies_gathered)
     )
     later = _later_gradients(memory)
+    # A module whose input has no gradient is not told that its backward is over: it lets go after the last sum.
+    first = FP32_BYTES * sum(p.count for p in parameters if 0 in p.stages and p.count > PERSISTENCE_ELEMENTS)
     stages = []
     for i, stage in enumerate(memory.stages):
         held, moving = _gathered(parameters, i, copies)
@@ -443,7 +445,7 @@ def _scattered(
         )
         entering = (stage.input[0] + moving, stage.input[1])
         back = (stage.carry[0] + arrivals.standing[i] + moving, stage.carry[1])
-        course = (*_raised(below, held), back)
+        course = (*_raised(below, held if i else first), back)
         stages.append(
             msgspec.structs.replace(
                 stage,
@@ -462,7 +464,7 @@ def _scattered(
     largest = max(math.ceil(p.count / world_size) for p in trainable)
     most = max(_gathered(parameters, i, copies)[1] for i in range(len(memory.stages)))
     update = [
-        (float(arrivals.flush_at_end), 0.0),
+        (float(arrivals.flush_at_end + first), 0.0),
         (float(FP64_BYTES * largest), 0.0),
         *_update(memory, part_bytes, share),
     ]

@@ -84,10 +84,10 @@ def test_the_first_process_has_the_whole_models_weights(trained: Trained, stage:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_deepspeed_takes_no_step_with_gradients_that_are_not_numbers(trained: Trained, stage: str) -> None:
-    """At stage 0 it does, as torch alone does in fp32."""
-    for rank, seen in enumerate(trained.ranks):
-        assert seen["learned"][stage]["skipped_nan"] is (stage != "0")
-        assert seen["learned"][stage]["unchanged"] is (stage != "0" or rank == 1)
+    """Stages 1 to 3 by themselves, and stage 0 as we clip for it."""
+    for seen in trained.ranks:
+        assert seen["learned"][stage]["skipped_nan"]
+        assert seen["learned"][stage]["unchanged"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
