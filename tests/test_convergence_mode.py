@@ -304,13 +304,31 @@ def test_the_profiles_noise_scale_serves_and_its_interval_shows_what_else_may_be
     assert found.best_at_high == 88  # The root of 500 * 16 is 89.4.
 
 
+def at_sizes(profile: Profile, sizes: tuple[int, int]) -> Profile:
+    """The same, said to be of these micro-batch sizes."""
+    return msgspec.structs.replace(
+        profile,
+        micro_batch_sizes=sizes,
+        precisions=tuple(
+            msgspec.structs.replace(
+                measured,
+                wall=tuple(
+                    msgspec.structs.replace(step, micro_batch_size=size)
+                    for step, size in zip(measured.wall, sizes, strict=True)
+                ),
+            )
+            for measured in profile.precisions
+        ),
+    )
+
+
 def test_global_batches_that_cannot_be_run_are_left_out_and_none_is_refused() -> None:
     """Micro-batches from 8 on make no prime, and nothing below 8."""
     found = found_in(
         optimize_to_target(study.profile_of(0.1), range(1, 20), REFERENCE, noise_scale_samples=9)
     )
     assert found.batches_in_range == 12  # 8 to 19
-    profile = msgspec.structs.replace(random_profile(0), micro_batch_sizes=(3, 4))
+    profile = at_sizes(random_profile(0), (3, 4))
     assert found_in(to_target(profile, range(1, 13))).batches_in_range == 6  # 3, 4, 6, 8, 9, 12
     with pytest.raises(
         ValueError, match="a multiple of a micro-batch size between 8 and 256, the profiled range"

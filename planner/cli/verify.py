@@ -11,8 +11,6 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from planner.cli import arguments, ranks
 
 if TYPE_CHECKING:
@@ -59,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _of_several(args: argparse.Namespace, plan: Plan) -> int:
     """Start the plan's processes, or be one of them. What was off stays here: it is not the device's alone."""
+    import msgspec
+
     from executor.launch import as_rank, is_rank
     from executor.verification import Verification
 
@@ -89,6 +89,8 @@ def _said(args: argparse.Namespace, plan: Plan, found: Verification) -> int:
 
 def _document(plan: Plan, found: Verification) -> dict[str, object]:
     """The plan's own document, and what was measured beside it."""
+    import msgspec
+
     whole: dict[str, object] = msgspec.to_builtins(plan)
     measured: dict[str, object] = msgspec.to_builtins(found.measured)
     of_verification: dict[str, object] = msgspec.to_builtins(found)
