@@ -8,6 +8,7 @@ Fake steps give the chain and the memory curves, real ones the times and one pea
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from profiler import catalogue, energy, noise
 from profiler import device as devices
 from profiler.allocator import measure_step
-from profiler.chain import Stage, discover
+from profiler.chain import discover
 from profiler.chunked import can_be_chunked, chunks_for, in_chunks
 from profiler.communication import measure_link
 from profiler.live import CUDA_BLOCK_BYTES
@@ -53,7 +54,7 @@ from profiler.timing import (
 )
 from profiler.unmeasured import profile_unmeasured, stage_records, target_of, traced_sizes
 from profiler.workload import Workload
-from profiler.workload_spec import WorkloadSpec
+from profiler.workload_spec import WorkloadError, WorkloadSpec
 from profiler.workspaces import Workspaces
 
 Progress = Callable[[str], None]
@@ -121,11 +122,12 @@ def profile(
     hopeless: list[HopelessPrecision] = []
     too_large: list[TooLarge] = []
     measured: list[PrecisionProfile] = []
-    with _refusals_explained(target, sizes[0]), on_device(workload, target) as given:
+    with on_device(workload, target) as given:
         counted = _CountedLoss(given.loss)
         placed = replace(given, loss=counted)
         progress("trying every call once")
-        rehearse(placed, sizes[0], (*sizes[1:], DISCOVERY_BATCH_SIZE))
+        with _fitting(target, sizes[0]):
+            rehearse(placed, sizes[0], (*sizes[1:], DISCOVERY_BATCH_SIZE))
         progress("finding the chain of stages")
         stages = discover(placed, batch_size=DISCOVERY_BATCH_SIZE)
         parameters = parameter_records(placed, stages, DISCOVERY_BATCH_SIZE)
@@ -151,10 +153,13 @@ def profile(
             timings: list[Timing] = []
             for size in sizes:
                 progress(f"{precision}: timing micro-batch {size}")
-                timing = _unless_refused(
-                    placed, stages, optimizer=optimizer, precision=precision, micro_batch_size=size, device=target,
-                    steps=steps, workspaces=workspaces, must=precision == "fp32" and not timings,
+                measure = functools.partial(
+                    measure_times, placed, stages, optimizer=optimizer, precision=precision,
+                    micro_batch_size=size, device=target, steps=steps, workspaces=workspaces,
                 )  # fmt: skip
+                timing = _unless_refused(measure, placed.model, target)
+                if timing is None and precision == "fp32" and not timings:
+                    raise _nothing_fits(target, size)
                 if timing is None:
                     too_large.append(TooLarge(precision=precision, micro_batch_size=size))
                     progress(
@@ -168,7 +173,7 @@ def profile(
             chunks = chunks_for(placed.batch(sizes[-1])) if can_be_chunked(placed.model) else None
             if chunks is not None:
                 with in_chunks(placed.model, chunks):
-                    for size, timing in zip(sizes, timings, strict=False):
+                    for size, timing in zip(sizes[: len(timings)], timings, strict=True):
                         progress(f"{precision}: timing micro-batch {size} with the loss in {chunks} chunks")
                         last = measure_last_stage(
                             placed, stages, timing, optimizer=optimizer, precision=precision,
@@ -228,44 +233,36 @@ def profile(
     )
 
 
+def _nothing_fits(device: torch.device, smallest: int) -> ValueError:
+    return ValueError(
+        f"--batch must begin with a micro-batch whose plain step fits on the {device.type} device, and {smallest} was "
+        "refused memory: a profile runs plain steps. Take a smaller one or shorter samples, free memory there, or run "
+        "nothing (--fake): shapes then give the memory, and a roofline the time."
+    )
+
+
 @contextlib.contextmanager
-def _refusals_explained(device: torch.device, smallest: int) -> Iterator[None]:
-    """Memory that was refused and that nothing can be done about here is the user's to know about."""
+def _fitting(device: torch.device, smallest: int) -> Iterator[None]:
+    """Around the first passes of the smallest micro-batch: where they are refused memory, nothing can be profiled."""
     try:
         yield
-    except Exception as error:
-        if not devices.is_out_of_memory(error) and not devices.is_out_of_memory(error.__cause__ or error):
+    except WorkloadError as error:
+        if error.__cause__ is None or not devices.is_out_of_memory(error.__cause__):
             raise
-        raise ValueError(
-            f"--batch must begin with a micro-batch whose plain step fits on the {device.type} device, and {smallest} "
-            "was refused memory: a profile runs plain steps. Take a smaller one or shorter samples, free memory there, "
-            "or run nothing (--fake): shapes then give the memory, and a roofline the time."
-        ) from error
+        raise _nothing_fits(device, smallest) from error
 
 
 def _unless_refused(
-    workload: Workload,
-    stages: Sequence[Stage],
-    *,
-    optimizer: str,
-    precision: Precision,
-    micro_batch_size: int,
-    device: torch.device,
-    steps: int,
-    workspaces: Workspaces,
-    must: bool,
+    measure: Callable[[], Timing], model: torch.nn.Module, device: torch.device
 ) -> Timing | None:
-    """``measure_times``, or None where it is refused memory, unless it ``must`` not be."""
+    """What is measured, or None where it is refused memory; nothing of the failed step stays."""
     try:
-        return measure_times(
-            workload, stages, optimizer=optimizer, precision=precision, micro_batch_size=micro_batch_size,
-            device=device, steps=steps, workspaces=workspaces,
-        )  # fmt: skip
-    except Exception as error:
-        if must or not devices.is_out_of_memory(error):
+        return measure()
+    except (RuntimeError, MemoryError) as error:
+        if not devices.is_out_of_memory(error):
             raise
     # Out of the handler, which holds the frames of the step and with them its tensors.
-    workload.model.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     devices.release_freed_memory(device)
     return None
 

@@ -668,7 +668,7 @@ EVERY = 17
     ids=["plain", "two segments", "selective", "nested"],
 )
 def test_a_step_that_is_refused_memory_anywhere_leaves_nothing_behind(
-    segments: Segments, keeping: Keeping | None
+    segments: Segments, keeping: Keeping | None, request: pytest.FixtureRequest
 ) -> None:
     workload = gpt2(layers=3)
     model, batch = workload.model, workload.batch(2)
@@ -681,6 +681,7 @@ def test_a_step_that_is_refused_memory_anywhere_leaves_nothing_behind(
         )
     refused = 0
     gc.freeze()  # So that it need not look at all that was there before.
+    request.addfinalizer(gc.unfreeze)
     with LiveStorages() as live:
         live.track((*model.parameters(), *model.buffers(), *batch.values()))
         workload.loss(model, batch).backward()
@@ -691,7 +692,6 @@ def test_a_step_that_is_refused_memory_anywhere_leaves_nothing_behind(
             model.zero_grad()
             gc.collect()
             assert live.live_bytes == before, f"operation {EVERY * (refused - 1)}"
-    gc.unfreeze()
     assert refused > 20
 
 

@@ -71,14 +71,9 @@ def test_a_precision_has_a_range_of_its_own(profile: Profile) -> None:
     assert sizes == {("fp32", 2), ("bf16", 2), ("bf16", 4), ("bf16", 8)}
     assert searched.baselines.plain.micro_batch_size == 2
     # Of 20 samples in micro-batches of 5, which only bf16 has, the plain baseline is one in bf16.
-    odd = msgspec.structs.replace(
-        mixed, precisions=(msgspec.structs.replace(narrower, wall=(_at(narrower.wall[0], 3),)), bf16)
-    )
+    threes = msgspec.structs.replace(narrower.wall[0], micro_batch_size=3)
+    odd = msgspec.structs.replace(mixed, precisions=(msgspec.structs.replace(narrower, wall=(threes,)), bf16))
     assert space(odd, 4 * 5).baselines.plain.precision == "bf16"
-
-
-def _at(step: object, size: int) -> object:
-    return msgspec.structs.replace(step, micro_batch_size=size)  # type: ignore[type-var]
 
 
 def test_a_precision_that_does_not_fit_at_all_is_named(profile: Profile) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -90,8 +91,6 @@ def test_one_process_alone_says_what_starts_as_many(profile: Profile) -> None:
 
 
 def test_an_other_device_is_refused_by_every_process(profile: Profile, tmp_path: Path) -> None:
-    import msgspec
-
     plan = plan_at(profile, 1)
     elsewhere = msgspec.structs.replace(plan, device=msgspec.structs.replace(plan.device, name="another"))
     done = verified(elsewhere, tmp_path)

@@ -1,8 +1,8 @@
 """Commands whose plan takes several processes: the first one starts them, and says what they came to.
 
-planner COMMAND PLAN ...                             not yet one of several
-  start ──▶ planner COMMAND PLAN ...   in each       as_one: join, the same plan?, work, hand over the document
-  the document of rank 0 ◀──────────────────────     said here, as that of a plan of one process is
+planner COMMAND PLAN ...                             not one of several: ``start``
+  planner COMMAND PLAN ...   in each                 one of them: executor.launch.as_rank
+  the document of rank 0 ◀──────────────────────     said by the first, as that of a plan of one process is
 """
 
 from __future__ import annotations
