@@ -1,8 +1,10 @@
 """Commands whose plan takes several processes: the first one starts them, and says what they came to.
 
-planner COMMAND PLAN ...                             not one of several: ``start``
-  planner COMMAND PLAN ...   in each                 one of them: executor.launch.as_rank
-  the document of rank 0 ◀──────────────────────     said by the first, as that of a plan of one process is
+    planner COMMAND PLAN ...                             not one of several: ``start``
+      planner COMMAND PLAN ...   in each                 one of them: executor.launch.as_rank
+      the document of rank 0 ◀──────────────────────     said by the first, as that of a plan of one process is
+
+Under a torchrun of the user's the first line falls away, and rank 0 prints its document.
 """
 
 from __future__ import annotations
