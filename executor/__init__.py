@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from executor.engine import apply_checkpoints as apply_checkpoints
     from executor.engine import prepare as prepare
+    from executor.errors import OutOfMemory as OutOfMemory
     from executor.errors import PlanDoesNotFit as PlanDoesNotFit
     from executor.training import TrainingReport as TrainingReport
     from executor.training import train as train
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from executor.verification import verify as verify
 
 _HOMES = {
+    "OutOfMemory": "executor.errors",
     "PlanDoesNotFit": "executor.errors",
     "TrainingReport": "executor.training",
     "Verification": "executor.verification",
@@ -32,6 +34,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "OutOfMemory",
     "PlanDoesNotFit",
     "TrainingReport",
     "Verification",

@@ -35,9 +35,10 @@ from executor.recompute import Checkpoints
 from executor.state import Tree
 from planner.export import deepspeed_config
 from planner.plan import Plan
-from planner.zero import BUCKET_ELEMENTS
-from profiler.device import keep_freed_memory
-from profiler.step import Loss
+from planner.zero import BUCKET_ELEMENTS, SEVERAL_PRECISIONS
+from profiler.freed_memory import FreedMemoryGuard, keep_freed_memory
+from profiler.profile_record import Precision
+from profiler.step import Loss, autocast
 from profiler.timing import to_device
 from profiler.workload import split
 
@@ -124,6 +125,7 @@ def start_engine(
     zero_stage: int,
     micro_batch_size: int,
     gradient_accumulation_steps: int,
+    precision: Precision = "fp32",
 ) -> DeepSpeedEngine:
     """DeepSpeed's engine for a model and an optimizer over its trainable parameters, in a process that joined."""
     import deepspeed
@@ -133,6 +135,7 @@ def start_engine(
         world_size=torch.distributed.get_world_size(),
         micro_batch_size=micro_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
+        precision=precision,
     )
     with _stdout_kept_clean():
         engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -160,8 +163,10 @@ def _clip_as_one_process_does(engine: DeepSpeedEngine) -> None:
     engine.clip_fp32_gradients = clip
 
 
-def run_step(engine: DeepSpeedEngine, loss: Loss, micro_batches: Iterator[Any]) -> torch.Tensor:
-    """One optimizer step; the mean loss of this process's micro-batches, detached.
+def run_step(
+    engine: DeepSpeedEngine, loss: Loss, micro_batches: Iterator[Any], precision: Precision = "fp32"
+) -> torch.Tensor:
+    """One optimizer step; the mean loss of this process's micro-batches, detached. ``precision``: the engine's.
 
     Raises ValueError when there are not gradient_accumulation_steps of them.
     """
@@ -171,7 +176,8 @@ def run_step(engine: DeepSpeedEngine, loss: Loss, micro_batches: Iterator[Any]) 
     for micro_batch in micro_batches:
         if seen == k:
             raise ValueError(f"A step takes gradient_accumulation_steps = {k} micro-batches, got more.")
-        value = loss(engine, micro_batch)
+        with autocast(precision, engine.device.type):
+            value = loss(engine, micro_batch)
         engine.backward(value)
         detached = value.detach() / k
         total = detached if total is None else total + detached
@@ -195,6 +201,7 @@ class DistributedStep:
         plan: Plan,
         loss: Loss,
         checkpoints: Checkpoints,
+        guard: FreedMemoryGuard | None,
     ) -> None:
         self.engine = engine
         self.optimizer = optimizer
@@ -204,6 +211,7 @@ class DistributedStep:
         self._plan = plan
         self._loss = loss
         self._skipped = False
+        self._guard = guard
 
     def __call__(self, batch: Any) -> torch.Tensor:
         """Run one step on this process's share of a global batch, or on an iterator of its micro-batches."""
@@ -211,8 +219,11 @@ class DistributedStep:
         k = plan.gradient_accumulation_steps
         micro_batches = batch if isinstance(batch, Iterator) else split(batch, plan.micro_batch_size * k, k)
         device = self.engine.device
-        value = run_step(self.engine, self._loss, (to_device(mb, device) for mb in micro_batches))
+        on_device = (to_device(mb, device) for mb in micro_batches)
+        value = run_step(self.engine, self._loss, on_device, plan.precision)
         self._skipped = not self.engine.was_step_applied()
+        if self._guard is not None:
+            self._guard.stepped()
         return value
 
     def step(self, batch: Any) -> torch.Tensor:
@@ -350,9 +361,10 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, loss
             f"The plan is for {plan.world_size} processes, and {world_size} were started. "
             f"Start it with torchrun --nproc-per-node {plan.world_size}, or optimise for --world-size {world_size}."
         )
-    if plan.precision != "fp32":
+    if plan.precision not in SEVERAL_PRECISIONS:
         raise PlanDoesNotFit(
-            f"A plan for several processes must be in fp32, got {plan.precision}. Optimise with --precision fp32."
+            f"A plan for several processes must be in fp32 or bf16, got {plan.precision}. "
+            "Optimise with --precision fp32,bf16."
         )
     if plan.zero_stage > 0 and plan.optimizer == "adafactor":
         raise PlanDoesNotFit(
@@ -369,15 +381,15 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, loss
     if plan.zero_stage == 3:
         # DeepSpeed's hooks, which gather a module's parameters, must be called again in a replay, so they go on first.
         checkpoints.remove()
-    if next(model.parameters()).device.type == "cpu":
-        keep_freed_memory()
+    keeps = next(model.parameters()).device.type == "cpu" and keep_freed_memory()
     engine = start_engine(
         model,
         optimizer,
         zero_stage=plan.zero_stage,
         micro_batch_size=plan.micro_batch_size,
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        precision=plan.precision,
     )
     if plan.zero_stage == 3:
         checkpoints = apply_checkpoints(model, plan, hooked=True)
-    return DistributedStep(engine, optimizer, plan, loss, checkpoints)
+    return DistributedStep(engine, optimizer, plan, loss, checkpoints, FreedMemoryGuard() if keeps else None)

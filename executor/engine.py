@@ -23,7 +23,7 @@ from executor.state import Tree
 from planner.plan import Plan
 from profiler.chain import Call
 from profiler.chunked import ChunkedLoss, ChunkedLossError
-from profiler.device import keep_freed_memory
+from profiler.freed_memory import FreedMemoryGuard, keep_freed_memory
 from profiler.step import Loss, StepObserver, Stepper, build_scaler
 from profiler.timing import to_device
 from profiler.workload import split
@@ -86,12 +86,15 @@ class PreparedStep:
     world_size = 1
     is_first = True
 
-    def __init__(self, stepper: Stepper, plan: Plan, checkpoints: Checkpoints) -> None:
+    def __init__(
+        self, stepper: Stepper, plan: Plan, checkpoints: Checkpoints, guard: FreedMemoryGuard | None = None
+    ) -> None:
         self.stepper = stepper
         self.checkpoints = checkpoints
         self._plan = plan
         self._device = next(stepper.model.parameters()).device
         self._norm = _Norm()
+        self._guard = guard
 
     def __call__(
         self,
@@ -110,7 +113,10 @@ class PreparedStep:
         )
         self._norm.value = None
         on_device = (to_device(mb, self._device) for mb in micro_batches)
-        return self.stepper.step(on_device, k, observer or self._norm)
+        value = self.stepper.step(on_device, k, observer or self._norm)
+        if self._guard is not None:
+            self._guard.stepped()
+        return value
 
     def step(self, batch: Any) -> torch.Tensor:
         """A call, by the name that all engines have for it."""
@@ -193,14 +199,13 @@ def prepare(
     """Make ``step(batch)`` of a plan for a model and optimizer of yours; ``loss(model, micro_batch)`` is a scalar.
 
     The learning-rate schedule stays yours: step it after ``step``. ``skip_not_finite``: gradients that are not finite
-    update nothing. On a CPU the process keeps freed memory from now on, as it did while it was profiled. Raises
-    PlanDoesNotFit for another model's plan.
+    update nothing. On a CPU the process keeps freed memory from now on, as it did while it was profiled, unless that
+    makes it grow (``FreedMemoryGuard``). Raises PlanDoesNotFit for another model's plan.
     """
     check_one_process(plan)
     checkpoints = apply_checkpoints(model, plan)
     device_type = next(model.parameters()).device.type
-    if device_type == "cpu":
-        keep_freed_memory()
+    keeps = device_type == "cpu" and keep_freed_memory()
     stepper = Stepper(
         model=model,
         loss=loss,
@@ -211,4 +216,4 @@ def prepare(
         max_gradient_norm=max_gradient_norm,
         skip_not_finite=skip_not_finite,
     )
-    return PreparedStep(stepper, plan, checkpoints)
+    return PreparedStep(stepper, plan, checkpoints, FreedMemoryGuard() if keeps else None)

@@ -8,7 +8,7 @@ class PlanDoesNotFit(ValueError):
 
 
 class OutOfMemory(Exception):
-    """Training ran out of memory, and no plan is left that needs less."""
+    """The device refused memory: to a plan that is verified, or in training, where no plan is left that needs less."""
 
 
 class NotFinite(Exception):

@@ -23,9 +23,23 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from executor.order import Dataset, OwnBatches, preparations
+from planner.plan import Plan
 
 AHEAD: Final = 4
 """Batches that are ready or in preparation while a step runs."""
+
+
+def batches_ahead(plan: Plan) -> int:
+    """How many batches a run prepares ahead: ``AHEAD``, or as many as a CPU plan's budget has room for beside its peak.
+
+    On a CPU they lie where the model trains. A step's own batch is in its peak, under the name of inputs.
+    """
+    if plan.device.kind != "cpu" or plan.memory_budget_bytes is None:
+        return AHEAD
+    found = plan.prediction
+    peak_bytes = found.peak_memory_bytes * (1 + found.error.peak_memory_bytes)
+    batch_bytes = max(1, found.parts.peak_memory_bytes["inputs"])
+    return max(0, min(AHEAD, int((plan.memory_budget_bytes - peak_bytes) // batch_bytes)))
 
 
 class Loader(Iterator[Any]):

@@ -35,6 +35,7 @@ from executor.last_good import LastGood, RandomState
 from executor.learning_rate import LearningRate, beta2_at
 from executor.metrics import Metrics
 from executor.order import Position, Share
+from executor.prefetch import batches_ahead
 from executor.snapshots import Damaged, NotSaved, Peers, Tree
 from executor.stopping import Metric, Requests, Target, Watch, first_not_finite
 from executor.stream import Stream
@@ -43,7 +44,8 @@ from planner.cost import instead
 from planner.plan import Plan
 from profiler import energy
 from profiler.allocator import AllocatorMeter, bytes_of, measure_step
-from profiler.device import is_out_of_memory, release_freed_memory
+from profiler.device import is_out_of_memory
+from profiler.freed_memory import release_freed_memory
 from profiler.step import StepObserver, Stepper
 from profiler.timing import to_device
 from profiler.workload import Workload, split
@@ -693,6 +695,7 @@ class Run:
             position=position,
             share=Share(rank=self.engine.rank, world_size=self.engine.world_size),
             device=self._device,
+            ahead=batches_ahead(self.plan),
         )
 
     def _joules(self) -> float:

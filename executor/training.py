@@ -29,10 +29,12 @@ from executor.data import TrainingData
 from executor.learning_rate import LearningRate, Scaling, Schedule
 from executor.metrics import Metrics
 from executor.order import OwnBatches, check_size
+from executor.prefetch import AHEAD, batches_ahead
 from executor.run import Evaluation, Progress, Run, Terms
 from executor.stopping import Target, listening
 from executor.verification import build_workload, device_here, device_of
 from planner.plan import Cost, Plan
+from planner.sizes import size_text
 from profiler import catalogue, records
 from profiler.pretend import pretending
 from profiler.records import Document, Record
@@ -193,6 +195,11 @@ def train(
         if resume:
             run.resume()
         progress.begins(source.description, run.steps_in_all)
+        if not isinstance(source.dataset, OwnBatches) and (ahead := batches_ahead(plan)) < AHEAD:
+            progress.announced(
+                f"batches prepared ahead: {ahead} instead of {AHEAD}, as many as the memory budget of "
+                f"{size_text(plan.memory_budget_bytes or 0)} has room for beside the plan's peak"
+            )
         metrics = None
         if directory is not None and run.engine.is_first:
             metrics = stack.enter_context(contextlib.closing(Metrics(directory, run.state.step)))

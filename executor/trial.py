@@ -41,7 +41,8 @@ def main() -> int:
 def measured(plan: Plan, steps: int, wall_bytes: int | None) -> TrialResult:
     """Verify a plan; whatever it raises is an outcome too."""
     from executor.verification import device_of, verify
-    from profiler.device import is_out_of_memory, keep_freed_memory
+    from profiler.device import is_out_of_memory
+    from profiler.freed_memory import keep_freed_memory
 
     try:
         device = device_of(plan)

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 import torch
 
 from executor.engine import PreparedStep, apply_checkpoints, check_one_process
-from executor.errors import PlanDoesNotFit
+from executor.errors import OutOfMemory, PlanDoesNotFit
 from planner.calibration import Residual
 from planner.plan import Cost, Plan
+from planner.sizes import size_text
 from profiler import device as devices
 from profiler import energy
 from profiler.allocator import StepPeak, measure_step
@@ -72,7 +73,8 @@ def verify(
     """Run the plan for ``steps`` timed optimizer steps, more where they are short, on its device and compare.
 
     ``workload`` is needed for plans made from a workload in Python; others are built from the plan. Raises
-    PlanDoesNotFit for another model or device. A model that is passed in is left as it was.
+    PlanDoesNotFit for another model or device, OutOfMemory where memory is refused. A model that is passed in stays as
+    it was.
 
     A plan of several processes is verified in as many, started by torchrun: each calls this, and all get one verdict.
     DeepSpeed keeps the model that is passed in.
@@ -84,7 +86,27 @@ def verify(
 
         return verify_as_rank(plan, workload, steps=steps, progress=progress)
     device = device_of(plan)
-    workload = workload or build_workload(plan)
+    try:
+        return _verified(plan, workload or build_workload(plan), device, steps, progress)
+    except (RuntimeError, MemoryError) as error:
+        if not devices.is_out_of_memory(error):
+            raise
+        raise _refused(plan) from error
+
+
+def _refused(plan: Plan) -> OutOfMemory:
+    predicted = plan.prediction
+    return OutOfMemory(
+        f"{plan.model} was refused memory on {plan.device.name}: the plan's peak is predicted as "
+        f"{size_text(predicted.peak_memory_bytes)} ± {predicted.error.peak_memory_bytes:.1%}, and the device has "
+        f"{size_text(plan.device.memory_bytes)} for all that runs there. Free some, or optimise with a smaller "
+        "--memory-budget."
+    )
+
+
+def _verified(
+    plan: Plan, workload: Workload, device: torch.device, steps: int, progress: Progress
+) -> Verification:
     progress("building the model")
     with on_device(workload, device) as placed:
         checkpoints = apply_checkpoints(placed.model, plan)

@@ -23,7 +23,7 @@ from executor.verification import Clocks, Progress, Verification, build_workload
 from executor.watched import collectives_let_go, levels_of
 from planner.plan import Cost, Plan
 from profiler.allocator import bytes_of
-from profiler.step import build_optimizer
+from profiler.step import autocast, build_optimizer
 from profiler.timing import MOST_STEPS, SHORTEST_SECONDS, to_device
 from profiler.workload import Workload
 from profiler.yardstick import Yardstick
@@ -106,7 +106,8 @@ def _timed(
 
         @torch.no_grad()
         def forward() -> None:
-            workload.loss(engine.model, micro_batch)
+            with autocast(plan.precision, device.type):
+                workload.loss(engine.model, micro_batch)
 
         yardstick = Yardstick(forward, device)
     while engine.agree(

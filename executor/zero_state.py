@@ -101,7 +101,7 @@ def _check_scales_nothing(scaler: Any) -> None:
     if type(scaler) is not LossScaler or vars(scaler) != vars(LossScaler(scale=1.0)):
         raise ValueError(
             f"A loss scaler must be DeepSpeed's LossScaler with a scale of 1 to be saved, got {scaler!r}. "
-            "Plans for several processes are in fp32, which needs no other."
+            "Plans for several processes keep fp32 weights, which need no other."
         )
 
 

@@ -5,10 +5,10 @@
 Every exporter is a function of the plan alone. All engines accumulate gradients; what differs:
 
     engine        micro-batch    recomputation                 ZeRO            precision
-    deepspeed     yes            none                          1, 2, 3         weights cast, fp32 masters
-    transformers  yes            every block, or none          by DeepSpeed    autocast; with ZeRO as DeepSpeed
-    accelerate    DataLoader's   none                          by DeepSpeed    as DeepSpeed
-    lightning     DataLoader's   none                          by DeepSpeed    autocast; with ZeRO as DeepSpeed
+    deepspeed     yes            none                          1, 2, 3         autocast; fp16 with weights cast
+    transformers  yes            every block, or none          by DeepSpeed    autocast; with ZeRO weights cast
+    accelerate    DataLoader's   none                          by DeepSpeed    weights cast, fp32 masters
+    lightning     DataLoader's   none                          by DeepSpeed    autocast; with ZeRO weights cast
     torchtitan    yes            every block, loss in chunks   3; the nearest  autocast; no fp16
 
 Segments from one module call to another, nested and selective ones no engine has a setting for. They are put on
@@ -105,6 +105,8 @@ def deepspeed_config(
     """The DeepSpeed configuration that plans with several processes are predicted for and run with.
 
     The optimizer is not in it: it is the executor's own (``profiler.step``), handed to DeepSpeed, or an engine's.
+    bf16 is autocast's, with weights, gradients and their sums in fp32: else DeepSpeed would switch autocast off inside
+    of the model, and, left to its default, sum the gradients of linear layers in bf16.
     """
     check(zero_stage, world_size)
     config: Json = {
@@ -127,7 +129,11 @@ def deepspeed_config(
         },
     }
     if precision == "bf16":
-        config["bf16"] = {"enabled": True}
+        config["torch_autocast"] = {
+            "enabled": True,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        }
     if precision == "fp16":
         config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
     return config
@@ -142,7 +148,10 @@ def to_deepspeed(plan: Plan) -> Export:
         f"A plan has no learning rate: optimizer.params.lr is {LEARNING_RATE:g}, where planner train begins. "
         "Set yours.",
         _on_cpu(plan),
-        _low_precision(plan),
+        _low_precision(plan) if plan.precision == "fp16" else None,
+        "Autocast is for the model's own forward pass; a loss that is computed outside of it runs in fp32."
+        if plan.precision == "bf16"
+        else None,
         _unsharded_buckets(plan),
         _placement(plan, "before deepspeed.initialize"),
     )
@@ -169,7 +178,7 @@ def to_transformers(plan: Plan) -> Export:
             "do not apply_checkpoints as well."
         )
     if plan.zero_stage:
-        configuration["deepspeed"] = _engine(plan)
+        configuration["deepspeed"] = _casting(_engine(plan))
     elif plan.world_size > 1:
         configuration["ddp_bucket_cap_mb"] = BUCKET_ELEMENTS * FP32_BYTES // 2**20
     return _export(
@@ -333,6 +342,12 @@ def _engine(plan: Plan) -> Json:
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
         precision=plan.precision,
     )
+
+
+def _casting(configuration: Json) -> Json:
+    """With DeepSpeed's own bf16 in place of autocast, as transformers wants it."""
+    cast = {"bf16": {"enabled": True}} if "torch_autocast" in configuration else {}
+    return {name: value for name, value in configuration.items() if name != "torch_autocast"} | cast
 
 
 def _deepspeed_optimizer(optimizer: str) -> Json:

@@ -259,15 +259,12 @@ def plan_nest(
     *,
     micro_batch_size: int,
     gradient_accumulation_steps: int,
-    resident_batches: int,
 ) -> Nest:
-    """The chain of ``plan_units`` for the solver of nested plans; needs are those of the timeline, above what is
-    constant.
+    """The chain of ``plan_units`` for the solver of nested plans; needs are above what is constant here too.
 
     Beyond case 0 there is one for each size of input that a segment's first stage does not save, and the last.
     """
     sizes = _Sizes.of(memory, micro_batch_size)
-    constant = constant_bytes(memory, micro_batch_size, resident_batches)
     length = len(sizes.hold)
     accumulates = gradient_accumulation_steps > 1
 
@@ -309,7 +306,7 @@ def plan_nest(
     option_hold, option_cost = np.zeros((2, len(KEEPINGS), length), dtype=np.int64)
     for option in units.options:
         at = option.way, option.stage
-        option_need[at], option_hold[at], option_cost[at] = option.need - constant, option.hold, option.cost
+        option_need[at], option_hold[at], option_cost[at] = option.need, option.hold, option.cost
     return Nest(
         keep_need=keep_need,
         after_keep=after_keep,
@@ -320,7 +317,7 @@ def plan_nest(
         run_hold=units.hold.astype(np.int64),
         run_cost=units.cost.astype(np.int64),
         again_hold=dropped_total,
-        again_need=np.where(allowed, units.need - constant, 0),
+        again_need=np.where(allowed, units.need, 0),
         held=held,
         end_need=np.zeros(length + 1, dtype=np.int64),
         option_need=option_need,
@@ -334,7 +331,6 @@ def plan_units(
     *,
     micro_batch_size: int,
     gradient_accumulation_steps: int,
-    resident_batches: int,
     keep_cost: np.ndarray,
     segment_cost: np.ndarray,
     recomputable: np.ndarray,
@@ -344,10 +340,9 @@ def plan_units(
 
     ``segment_cost[i, j]`` is the extra time of recomputing stages i..j-1; ``recomputable[i]`` says whether
     stage i may be in a segment. ``selective_cost``: the extra time of stages that may be selective, each of which
-    becomes an option. Needs are absolute: constant included.
+    becomes an option. Needs are those of the timeline, above what is constant.
     """
     sizes = _Sizes.of(memory, micro_batch_size)
-    constant = constant_bytes(memory, micro_batch_size, resident_batches)
     length = len(sizes.hold)
     accumulates = gradient_accumulation_steps > 1
     gradient = np.array(sizes.gradient, dtype=np.int64)
@@ -391,15 +386,12 @@ def plan_units(
         rebuilt += 2 * sizes.segment
         backward_need = np.maximum.accumulate(backward[span] + inner)
         dropped_total = dropped_held[ends] - dropped_held[i]
-        need[i, ends] = constant + np.maximum(
-            forward_need, np.maximum(rebuilt, backward_need) + dropped_total
-        )
+        need[i, ends] = np.maximum(forward_need, np.maximum(rebuilt, backward_need) + dropped_total)
         holds[i, ends] = sizes.input[i] + dropped_total + sizes.segment
     options = tuple(
         Option(
             stage=i,
-            need=constant
-            + max(
+            need=max(
                 kept.forward + standing + sizes.segment,
                 sizes.dropped_hold[i] + kept.rebuild + sizes.carry[i] + int(at_recompute[i + 1])
                 + 2 * sizes.segment,
@@ -414,11 +406,11 @@ def plan_units(
     )  # fmt: skip
     return Units(
         options=options,
-        keep_need=constant + np.maximum(forward + standing, backward),
+        keep_need=np.maximum(forward + standing, backward),
         keep_hold=hold,
         keep_cost=keep_cost,
         need=need,
         hold=holds,
         cost=segment_cost,
-        terminal_need=0,
+        terminal_need=int(lowest),  # The loss is a stage; behind it there is nothing.
     )

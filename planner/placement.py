@@ -96,6 +96,13 @@ class Units:
                 "Only segments can be ruled out; a stage can always be kept."
             )
 
+    def same_as(self, other: Units) -> bool:
+        """Whether every number and every option is, and so the frontier."""
+        if (self.terminal_need, self.options) != (other.terminal_need, other.options):
+            return False
+        names = ("keep_need", "keep_hold", "keep_cost", "need", "hold", "cost")
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Frontier:
@@ -184,6 +191,9 @@ def pareto(units: Units) -> Frontier:
         following = np.arange(len(unit)) + (first[after] + skipped + count - count.cumsum())[unit]
         candidate_need = np.maximum(unit_need[unit], unit_hold[unit] + label_need[following])
         candidate_cost = unit_cost[unit] + label_cost[following]
+        cheaper = _falling(candidate_need, candidate_cost)
+        unit, following = unit[cheaper], following[cheaper]
+        candidate_need, candidate_cost = candidate_need[cheaper], candidate_cost[cheaper]
         candidate_effort = unit_effort[unit] + label_effort[following]
         chosen = _undominated(candidate_need, candidate_cost, candidate_effort)
 
@@ -209,11 +219,17 @@ def _with_diagonal(table: Numbers, diagonal: Numbers, dtype: DTypeLike) -> Numbe
     return filled
 
 
+def _falling(need: Numbers, cost: Numbers) -> NDArray[np.intp]:
+    """Indices by increasing need of those that cost no more than any before: few, with the Pareto set among them."""
+    order: NDArray[np.intp] = need.argsort(kind="stable")  # Merges: the needs come as sorted runs.
+    costs = cost[order]
+    falling: NDArray[np.intp] = order[costs == np.minimum.accumulate(costs)]
+    return falling
+
+
 def _undominated(need: Numbers, cost: Numbers, effort: Numbers) -> NDArray[np.intp]:
     """Indices of the Pareto set, by increasing need; of equal candidates the one with the least effort."""
-    order: NDArray[np.intp] = need.argsort(kind="stable")  # Merges: the needs come as sorted runs.
-    order = order[cost[order] == np.minimum.accumulate(cost[order])]
-    order = order[np.lexsort((effort[order], cost[order], need[order]))]
+    order = np.lexsort((effort, cost, need))
     lowest = np.minimum.accumulate(cost[order])
     improves = np.concatenate(([True], lowest[1:] < lowest[:-1]))
     return order[improves]

@@ -46,7 +46,7 @@ from planner.placement import Frontier, Units, pareto, sqrt_segments
 from planner.plan import Asked, Baselines, Choice, Cost, NoFeasiblePlan, Objective, Plan, Prediction, Weights
 from planner.sizes import size_text
 from planner.time import at_micro_batch, segment_nanoseconds, selective_seconds
-from planner.zero import ZERO_STAGES
+from planner.zero import SEVERAL_PRECISIONS, ZERO_STAGES
 from profiler import records
 from profiler.profile_record import (
     KEEPINGS,
@@ -73,19 +73,36 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class _SingleLevel:
-    """The frontier over all placements without segments inside segments."""
+    """The frontier over all placements without segments inside segments, which leaves out what is constant."""
 
     units: Units
     frontier: Frontier
+    constant_bytes: int
 
     @property
     def points(self) -> tuple[tuple[float, float], ...]:
-        return self.frontier.points
+        return tuple((need + self.constant_bytes, cost) for need, cost in self.frontier.points)
 
     def placed(self, index: int) -> Placed:
         """The placement behind a point."""
         options = (self.units.options[number] for number in self.frontier.options(index))
         return Placed.of(self.frontier.segments(index), ((option.stage, option.way) for option in options))
+
+
+class _Searched:
+    """Every frontier so far: candidates that differ in what is constant, as ZeRO stages 0 and 1 do, share theirs."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[Units, Frontier]] = []
+
+    def frontier(self, units: Units) -> Frontier:
+        """That of ``planner.placement.pareto``."""
+        for known, frontier in self._found:
+            if known.same_as(units):
+                return frontier
+        frontier = pareto(units)
+        self._found.append((units, frontier))
+        return frontier
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +197,7 @@ def space(
     weights = weights or Weights()
     _check_arguments(profile, global_batch_size, memory_budget_bytes, weights)
     distributions = _distributions(profile, world_size, zero_stages, link)
-    chosen = _precisions(profile, precisions, world_size)
+    chosen = _within(memory_budget_bytes, _precisions(profile, precisions, world_size))
     plainest, largest = _plainest(profile, chosen, global_batch_size, world_size)
     candidates = _Candidates(profile, global_batch_size)
     ways = candidates.ways(distributions, chosen)
@@ -227,6 +244,7 @@ class _Candidates:
         self._profile = profile
         self._global_batch_size = global_batch_size
         self._found: dict[tuple[_Way, bool], _Candidate] = {}
+        self._searched = _Searched()
 
     def ways(
         self,
@@ -253,7 +271,7 @@ class _Candidates:
                 (measured,) = _precisions(self._profile, (precision,), distribution.world_size)
                 k = self._global_batch_size // (b * distribution.world_size)
                 self._found[way, deeper] = _candidate(
-                    self._profile, measured, loss_chunks, b, k, distribution
+                    self._profile, measured, loss_chunks, b, k, distribution, self._searched
                 )
         return self._found[way, deeper]
 
@@ -373,7 +391,8 @@ class Space:
         profile = self.profile
         distributions = _distributions(profile, world_size, asked.zero_stages, asked.link)
         terms = _Terms.of(profile, memory_budget_bytes, self._terms.calibration, world_size)
-        ways = self._shared.ways(distributions, _precisions(profile, asked.precisions, world_size), chunked)
+        chosen = _within(memory_budget_bytes, _precisions(profile, asked.precisions, world_size))
+        ways = self._shared.ways(distributions, chosen, chunked)
         return Space(
             profile, self.global_batch_size, world_size, memory_budget_bytes, self.weights, self._shared, ways,
             terms, self.baselines, deeper=deeper,
@@ -479,13 +498,13 @@ def _distributions(
 def _precisions(
     profile: Profile, wanted: Sequence[Precision] | None, world_size: int
 ) -> list[PrecisionProfile]:
-    """What was asked for, or all that was profiled; several processes run in fp32 only (planner/zero.py)."""
+    """What was asked for, or all that was profiled and several processes can run in (planner/zero.py)."""
     names = tuple(wanted) if wanted is not None else tuple(p.precision for p in profile.precisions)
     if world_size > 1 and wanted is None:
-        names = tuple(name for name in names if name == "fp32")
+        names = tuple(name for name in names if name in SEVERAL_PRECISIONS)
     missing = [name for name in names if profile.at(name) is None]
     if missing or not names:
-        why = {each.precision: " (its smallest plain step was refused memory)" for each in profile.too_large}
+        why = {each.precision: " (its smallest micro-batch was refused memory)" for each in profile.too_large}
         why |= {h.precision: f" ({h.slowdown:.1f} times slower than fp32 here)" for h in profile.hopeless}
         reasons = [f"{name}{why.get(name, '')}" for name in missing]
         there = ", ".join(p.precision for p in profile.precisions)
@@ -500,6 +519,32 @@ class PrecisionNotProfiled(ValueError):
     """The profile does not hold a precision that was asked for."""
 
 
+def _within(budget_bytes: int | None, chosen: Sequence[PrecisionProfile]) -> list[PrecisionProfile]:
+    """With a budget all sizes that were timed; without one those whose plain step fits, and so every plan.
+
+    Raises ValueError where that leaves nothing.
+    """
+    if budget_bytes is not None:
+        return list(chosen)
+    found = []
+    for measured in chosen:
+        count = len(measured.plain_sizes)  # Once a size is refused, all larger ones are kept elsewhere.
+        cpu = measured.process_cpu
+        if count:
+            shorter = msgspec.structs.replace(
+                measured, wall=measured.wall[:count], process_cpu=None if cpu is None else cpu[:count]
+            )
+            found.append(shorter)
+    if not found:
+        sizes = sorted({measured.micro_batch_sizes[0] for measured in chosen})
+        raise ValueError(
+            f"memory_budget_bytes must be given (--memory-budget): a plain step of micro-batch {sizes[0]}, the "
+            "smallest that was profiled, does not fit on the device, so which plans do must be judged by their peak. "
+            "Give what the device has free, such as 70GiB."
+        )
+    return found
+
+
 def _micro_batch_sizes(measured: PrecisionProfile, global_batch_size: int, world_size: int) -> list[int]:
     """Those in a precision's profiled range that divide the global batch, rising."""
     low, high = measured.micro_batch_sizes[0], measured.micro_batch_sizes[-1]
@@ -511,11 +556,15 @@ def _micro_batch_sizes(measured: PrecisionProfile, global_batch_size: int, world
 def _plainest(
     profile: Profile, chosen: Sequence[PrecisionProfile], global_batch_size: int, world_size: int
 ) -> tuple[PrecisionProfile, int]:
-    """The first of the precisions with a micro-batch for the global batch, and the largest that it has."""
+    """The first of the precisions with a micro-batch for the global batch, and the largest that it has.
+
+    One whose plain step does not fit on the device is nobody's baseline, unless there is no other.
+    """
     for measured in chosen:
         sizes = _micro_batch_sizes(measured, global_batch_size, world_size)
+        fitting = [b for b in sizes if b <= max(measured.plain_sizes, default=0)]
         if sizes:
-            return measured, sizes[-1]
+            return measured, (fitting or sizes)[-1]
     low, high = profile.micro_batch_sizes[0], profile.micro_batch_sizes[-1]
     times = "" if world_size == 1 else f"{world_size} times "
     raise ValueError(
@@ -561,6 +610,7 @@ def _candidate(
     b: int,
     k: int,
     distribution: Distribution,
+    searched: _Searched,
 ) -> _Candidate:
     measured = as_profiled.with_chunks(loss_chunks)
     times = at_micro_batch(measured.wall, b)
@@ -572,7 +622,6 @@ def _candidate(
         memory,
         micro_batch_size=b,
         gradient_accumulation_steps=k,
-        resident_batches=resident,
         keep_cost=np.zeros(len(profile.stages), dtype=np.int64),
         segment_cost=segment_nanoseconds(times),
         recomputable=np.array([_recomputable(stage, distribution) for stage in profile.stages]),
@@ -591,7 +640,7 @@ def _candidate(
         gradient_accumulation_steps=k,
         base_seconds=base_seconds,
         floor_bytes=optimizer_peak_bytes(memory, b, resident),
-        placements=_SingleLevel(units, pareto(units)),
+        placements=_SingleLevel(units, searched.frontier(units), constant_bytes(memory, b, resident)),
         memory=memory,
         base_joules=base_joules,
         recompute_watts=0.0
@@ -623,9 +672,8 @@ def _deeper(profile: Profile, candidate: _Candidate) -> _Candidate:
     b, k = candidate.micro_batch_size, candidate.gradient_accumulation_steps
     resident = resident_batches(profile, k)
     nest = plan_nest(
-        candidate.memory, candidate.placements.units, micro_batch_size=b, gradient_accumulation_steps=k,
-        resident_batches=resident,
-    )  # fmt: skip
+        candidate.memory, candidate.placements.units, micro_batch_size=b, gradient_accumulation_steps=k
+    )
     return replace(candidate, placements=_Nested(nested(nest), constant_bytes(candidate.memory, b, resident)))
 
 
@@ -765,7 +813,7 @@ class Batches:
         self._profile = profile
         self._world_size = world_size
         self._distributions = _distributions(profile, world_size, zero_stages, link)
-        self._precisions = _precisions(profile, precisions, world_size)
+        self._precisions = _within(memory_budget_bytes, _precisions(profile, precisions, world_size))
         self._terms = _Terms.of(profile, memory_budget_bytes, calibration, world_size)
         self._ways = [
             (distribution, measured, loss_chunks)
@@ -774,6 +822,7 @@ class Batches:
             for loss_chunks in _loss_chunks(measured, distribution)
         ]
         self._frontiers: dict[tuple[int, int, bool, bool], _Frontier] = {}
+        self._searched = _Searched()
 
     def runnable(self, global_batch_sizes: Sequence[int]) -> list[int]:
         """Those of the sizes that some profiled micro-batch and the number of processes divide."""
@@ -830,7 +879,9 @@ class Batches:
                 )
             else:
                 k = 1 + accumulates
-                candidate = _candidate(self._profile, measured, loss_chunks, b, k, distribution)
+                candidate = _candidate(
+                    self._profile, measured, loss_chunks, b, k, distribution, self._searched
+                )
             self._frontiers[key] = _Frontier.of(candidate)
         return self._frontiers[key]
 

@@ -176,6 +176,9 @@ def _sampler(terms: TrialTerms) -> optuna.samplers.BaseSampler:
 QUESTION = "question_sha256"
 """The user attribute of a study that says what was asked."""
 
+AGAIN = "again"
+"""That of a trial which runs an interrupted one again: its number."""
+
 WORKER = "worker"
 """That of a trial which says what process runs it. One that failed and has no ``outcome`` was interrupted."""
 
@@ -314,8 +317,14 @@ class _Worker:
         for other in self._earlier_ones(trial):
             if _key(msgspec.convert(other.user_attrs["choice"], Choice)) == _key(choice):
                 return f"the same plan as trial {other.number}, which runs elsewhere"
-        before = [t for t in self._study.get_trials(deepcopy=False) if t.number < trial.number and _counts(t)]
-        return "the study has all its trials" if len(before) >= self._terms.trials else None
+        trials = self._study.get_trials(deepcopy=False)
+        before = [t for t in trials if t.number < trial.number and _counts(t)]
+        if len(before) >= self._terms.trials:
+            return "the study has all its trials"
+        again = [t for t in trials if t.state is TrialState.WAITING and AGAIN in t.user_attrs]
+        if AGAIN not in trial.user_attrs and len(before) + len(again) >= self._terms.trials:
+            return f"the last of the study's trials is for trial {again[0].user_attrs[AGAIN]}, which was interrupted"
+        return None
 
     def _earlier_ones(self, trial: optuna.Trial) -> list[FrozenTrial]:
         """The earlier trials that run in other processes, once these have said what they run."""
@@ -370,7 +379,7 @@ class _Worker:
         finally:
             if ended is None:
                 self._study.tell(trial, state=TrialState.FAIL)
-                self._study.enqueue_trial(trial.params)
+                self._study.enqueue_trial(trial.params, user_attrs={AGAIN: trial.number})
         trial.set_user_attr("outcome", ended.outcome)
         if ended.message is not None:
             trial.set_user_attr("message", ended.message)
@@ -521,7 +530,7 @@ def _take_back_the_dead(study: optuna.Study, terms: TrialTerms, progress: Progre
             continue
         study.tell(trial.number, state=TrialState.FAIL)
         if trial.params:
-            study.enqueue_trial(trial.params)
+            study.enqueue_trial(trial.params, user_attrs={AGAIN: trial.number})
         progress(f"trial {trial.number} was interrupted and is run again")
 
 

@@ -24,7 +24,7 @@ from planner.communication import LARGEST_MACHINE, catalogue_link
 from planner.explain import budget_for, chosen
 from planner.plan import Asked, Choice, Knob, Plan, WhatIf
 from planner.search import Space, space
-from planner.zero import ZERO_STAGES
+from planner.zero import SEVERAL_PRECISIONS, ZERO_STAGES
 from profiler import records
 from profiler.profile_record import PRECISIONS, Link, Precision, Profile
 
@@ -40,6 +40,8 @@ NOT_SEARCHED = (
 
 LEAST = 1
 """A budget, in bytes, that nothing fits."""
+
+NOT_IN_SEVERAL = f"several processes run in {' or '.join(SEVERAL_PRECISIONS)} only"
 
 
 def what_ifs(searched: Space, plan: Plan) -> tuple[WhatIf, ...]:
@@ -175,8 +177,8 @@ class _Questions:
             if precision in self._asked.precisions:
                 continue
             change = f"{precision} as well"
-            if here.world_size > 1:
-                yield self._unknown("precision", change, "several processes run in fp32 only")
+            if here.world_size > 1 and precision not in SEVERAL_PRECISIONS:
+                yield self._unknown("precision", change, NOT_IN_SEVERAL)
             elif precision in hopeless:
                 slower = f"{hopeless[precision]:.1f} times slower than fp32 on this device"
                 yield self._unknown("precision", change, slower)
@@ -229,12 +231,12 @@ class _Questions:
         change = f"{world} devices"
         if not any(parameter.trainable for parameter in profile.parameters):
             reason = "the profile does not hold the model's parameters: profile again"
-        elif "fp32" not in self._asked.precisions:
-            reason = "several processes run in fp32 only, which was not asked for"
+        elif not (precisions := [each for each in self._asked.precisions if each in SEVERAL_PRECISIONS]):
+            reason = f"{NOT_IN_SEVERAL}, which was not asked for"
         elif link is None:
             reason = f"their link is not known: planner profile --world-size {world}"
         else:
-            asked = Asked(precisions=("fp32",), zero_stages=ZERO_STAGES, link=link)
+            asked = Asked(precisions=tuple(precisions), zero_stages=ZERO_STAGES, link=link)
             yield self._answer(
                 "devices", change, memory_budget_bytes=here.memory_budget_bytes, world_size=world, asked=asked
             )
@@ -282,8 +284,8 @@ class _Questions:
         refused = [each for each in self._profile.too_large if each.precision == own.precision]
         if refused:
             reason = (
-                f"a plain step of {refused[0].micro_batch_size} was refused memory when it was profiled, so nothing "
-                "larger was timed; planner profile --fake tells their times by a roofline"
+                f"{refused[0].micro_batch_size} was refused memory when it was profiled, however little was kept, so "
+                "nothing larger was timed; planner profile --fake tells their times by a roofline"
             )
         else:
             sizes = ",".join(str(size) for size in dict.fromkeys((low, high, 2 * high)))

@@ -9,7 +9,7 @@ Rajbhandari et al. 2020), one thing more with each stage:
     2       all          1/N         1/N                 16.6 GB
     3       1/N          1/N         1/N                  1.9 GB
 
-``model_state_bytes`` is that table. A real process holds more, and ``sharded`` follows DeepSpeed (0.19, fp32) in it:
+``model_state_bytes`` is that table. A real process holds more, and ``sharded`` follows DeepSpeed (0.19) in it:
 
 * stages 1 to 3 update a copy of their share of the parameters, so that share is there twice;
 * gradients wait in a bucket until it is full, and are put one after the other into a fresh buffer to be summed;
@@ -43,6 +43,12 @@ from profiler.profile_record import (
 )
 
 ZERO_STAGES = (0, 1, 2, 3)
+
+SEVERAL_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+"""What several processes run in: weights, gradients and all that is dealt out in fp32, products under autocast.
+
+Not fp16: DeepSpeed clips gradients before it takes their scale out of them.
+"""
 
 FP32_BYTES = 4
 FP64_BYTES = 8
@@ -132,10 +138,10 @@ def sharded(
         raise ValueError(f"rank must be from 0 to {world_size - 1}, got {rank}.")
     if world_size == 1:
         return memory
-    if precision != "fp32":
+    if precision not in SEVERAL_PRECISIONS:
         raise ValueError(
-            f"precision must be fp32 with several processes, got {precision}: DeepSpeed's own {precision} casts the "
-            "whole model, which is another memory course than the profiled autocast. Use --precision fp32."
+            f"precision must be fp32 or bf16 with several processes, got {precision}: DeepSpeed's own {precision} "
+            "casts the whole model, another memory course than the profiled autocast. Use --precision fp32,bf16."
         )
     trainable = [p for p in parameters if p.trainable]
     if not trainable:

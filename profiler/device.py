@@ -1,18 +1,12 @@
-"""Which device a run is on, the clocks that can be read there, and how its memory is handed out.
-
-glibc gives every large block back to the system when it is freed, and a training step asks for the same blocks again:
-on a CPU a quarter of GPT-2's step goes into page faults (``python -m studies.allocator`` measures it). So measuring and
-training on a CPU both keep freed memory in the process.
-"""
+"""Which device a run is on, and the clocks that can be read there."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import os
 import platform
-import sys
+import re
 import time
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -49,13 +43,20 @@ def describe(device: torch.device) -> DeviceRecord:
         properties = torch.cuda.get_device_properties(device)
         return DeviceRecord(kind="cuda", name=properties.name, memory_bytes=properties.total_memory)
     pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    cpuinfo = Path("/proc/cpuinfo")
+    name = cpu_name(cpuinfo.read_text() if cpuinfo.exists() else "")
     return DeviceRecord(
-        kind="cpu", name=_cpu_name(), memory_bytes=pages * page_bytes, threads=torch.get_num_threads()
+        kind="cpu", name=name, memory_bytes=pages * page_bytes, threads=torch.get_num_threads()
     )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation was refused. A CPU's allocator has no exception of its own for it."""
+    """Whether an allocation was refused, or this was raised because one was.
+
+    A CPU's allocator has no exception of its own for it.
+    """
+    if error.__cause__ is not None and is_out_of_memory(error.__cause__):
+        return True
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     refusals = ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
@@ -69,10 +70,20 @@ def found() -> dict[str, DeviceRecord]:
     return {name: describe(torch.device(name)) for name in names}
 
 
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def cpu_name(cpuinfo: str) -> str:
+    """The processor's name in /proc/cpuinfo, with family and model where a hypervisor hides which one it is.
+
+    "AMD EPYC" may be of any generation, and bf16 ten times slower than fp32 there or four times faster.
+    """
+    found: dict[str, str] = {}
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    name = found.get("model name") or platform.processor() or platform.machine()
+    said = re.sub(r"@.*", "", name)
+    if any(c.isdigit() for c in said) or not {"cpu family", "model"} <= found.keys():
+        return name
+    return f"{name} family {found['cpu family']} model {found['model']}"
 
 
 def versions() -> dict[str, str]:
@@ -92,55 +103,42 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Parameters of mallopt(3)."""
+class OtherWork:
+    """How much of this machine's processors everything but this process takes, from when this was made."""
 
-DEFAULT_TRIM_THRESHOLD, DEFAULT_MMAP_MAX = 128 * 2**10, 65536
-"""What glibc begins with."""
+    def __init__(self, stat: Path = Path("/proc/stat")) -> None:
+        self._stat = stat
+        self._before = self._now()
 
+    def share(self) -> float | None:
+        """From 0 to 1, what a hypervisor gave to others included; None where the system does not say."""
+        before, now = self._before, self._now()
+        if before is None or now is None or now.seconds <= before.seconds:
+            return None
+        others = (now.busy_seconds - before.busy_seconds) - (now.own_seconds - before.own_seconds)
+        share = others / (now.processors * (now.seconds - before.seconds))
+        return min(1.0, max(0.0, share))
 
-@functools.cache
-def keep_freed_memory() -> bool:
-    """Tell glibc's malloc to reuse freed blocks, for the rest of this process; whether it was told.
-
-    Not in a process whose memory is limited: between blocks that are kept are holes, and the limit counts them.
-    """
-    if not sys.platform.startswith("linux") or _is_limited():
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
-
-
-def release_freed_memory(device: torch.device) -> None:
-    """Give what is freed but kept back, and on a CPU keep no more: for a process that was refused memory."""
-    let_go_of_a_failed_backward()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return
-    if not sys.platform.startswith("linux"):
-        return
-    library = ctypes.CDLL(None)
-    mallopt, trim = getattr(library, "mallopt", None), getattr(library, "malloc_trim", None)
-    if mallopt is not None and trim is not None:
-        mallopt(M_MMAP_MAX, DEFAULT_MMAP_MAX)
-        mallopt(M_TRIM_THRESHOLD, DEFAULT_TRIM_THRESHOLD)
-        trim(0)
+    def _now(self) -> _Processors | None:
+        if not self._stat.exists():
+            return None
+        lines = [line.split() for line in self._stat.read_text().splitlines() if line.startswith("cpu")]
+        user, nice, system, _, _, interrupts, soft, stolen = map(int, lines[0][1:9])
+        busy = user + nice + system + interrupts + soft + stolen
+        return _Processors(
+            processors=len(lines) - 1,
+            busy_seconds=busy / os.sysconf("SC_CLK_TCK"),
+            own_seconds=process_cpu_seconds(),
+            seconds=time.perf_counter(),
+        )
 
 
-def let_go_of_a_failed_backward() -> None:
-    """Free what is left of a backward pass that ended in an error.
-
-    Autograd's queue of the calling thread holds it, nodes with all that they saved, until the next backward pass.
-    """
-    with torch.enable_grad():
-        torch.ones((), requires_grad=True).exp().backward()  # type: ignore[no-untyped-call]
-
-
-def _is_limited() -> bool:
-    import resource  # Not on every platform.
-
-    limits = (resource.RLIMIT_DATA, resource.RLIMIT_AS)
-    return any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Processors:
+    processors: int
+    busy_seconds: float
+    own_seconds: float
+    seconds: float
 
 
 def process_cpu_seconds() -> float:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +19,15 @@ import msgspec
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from profiler import catalogue, energy, noise
+from profiler import catalogue, energy, noise, one_speed
 from profiler import device as devices
 from profiler.allocator import measure_step
 from profiler.chain import discover
 from profiler.chunked import can_be_chunked, chunks_for, in_chunks
 from profiler.communication import measure_link
-from profiler.live import CUDA_BLOCK_BYTES
+from profiler.elsewhere import Elsewhere
+from profiler.freed_memory import release_freed_memory
+from profiler.live import CUDA_BLOCK_BYTES, storage_bytes
 from profiler.memory import MemoryTracer
 from profiler.parameters import parameter_records
 from profiler.profile_record import (
@@ -59,6 +62,9 @@ from profiler.workspaces import Workspaces
 
 Progress = Callable[[str], None]
 
+STEPS_ELSEWHERE = 2
+"""Timed steps where what they save is copied away and back, which takes far longer than the step."""
+
 DISCOVERY_BATCH_SIZE = 2
 """Micro-batch size of the fake step that finds the chain. Not 1: a dimension of one takes other paths."""
 
@@ -89,8 +95,9 @@ def profile(
     to probe the gradient noise scale with, 0 for not at all. ``world_size``: how many processes the link is measured
     between, 1 for not at all. Raises ValueError for bad arguments and for a workload
     that cannot be profiled; the model is left as it was. ``fake``, and a ``device`` of the catalogue: nothing is run.
-    Micro-batches whose plain step is refused memory are left out (``Profile.too_large``), and it is a ValueError
-    where that is the smallest.
+    A micro-batch whose plain step is refused memory, and every larger one, is timed with what the step saves kept
+    elsewhere (profiler/elsewhere.py). What is refused memory even so is left out (``Profile.too_large``), and it is a
+    ValueError where that is the smallest.
     """
     sizes = _checked_sizes(batch_sizes)
     wanted = _checked_precisions(precisions)
@@ -118,6 +125,7 @@ def profile(
         )  # fmt: skip
     target = devices.resolve(device)
     began = time.perf_counter()
+    other_work = devices.OtherWork()
     block_bytes = CUDA_BLOCK_BYTES if target.type == "cuda" else 1
     hopeless: list[HopelessPrecision] = []
     too_large: list[TooLarge] = []
@@ -126,8 +134,7 @@ def profile(
         counted = _CountedLoss(given.loss)
         placed = replace(given, loss=counted)
         progress("trying every call once")
-        with _fitting(target, sizes[0]):
-            rehearse(placed, sizes[0], (*sizes[1:], DISCOVERY_BATCH_SIZE))
+        fits = _rehearsed(placed, sizes, target, progress)
         progress("finding the chain of stages")
         stages = discover(placed, batch_size=DISCOVERY_BATCH_SIZE)
         parameters = parameter_records(placed, stages, DISCOVERY_BATCH_SIZE)
@@ -145,19 +152,29 @@ def profile(
             if precision != "fp32" and not all_precisions:
                 try:
                     with calling(f"loss(model, batch({sizes[0]})) in {precision}", placed.model, LEAVE_OUT):
-                        check_worthwhile(placed, stages, precision, placed.batch(sizes[0]), target)
+                        check_worthwhile(
+                            placed, stages, precision, placed.batch(sizes[0]), target, saving=fits
+                        )
                 except HopelessPrecisionError as error:
                     hopeless.append(HopelessPrecision(precision=precision, slowdown=error.slowdown))
                     progress(f"{precision}: {error.slowdown:.1f} times slower than fp32 here, left out")
                     continue
             timings: list[Timing] = []
+            elsewhere = False
             for size in sizes:
-                progress(f"{precision}: timing micro-batch {size}")
                 measure = functools.partial(
                     measure_times, placed, stages, optimizer=optimizer, precision=precision,
-                    micro_batch_size=size, device=target, steps=steps, workspaces=workspaces,
+                    micro_batch_size=size, device=target, workspaces=workspaces,
                 )  # fmt: skip
-                timing = _unless_refused(measure, placed.model, target)
+                timing = None
+                if not elsewhere:
+                    progress(f"{precision}: timing micro-batch {size}")
+                    timing = _unless_refused(functools.partial(measure, steps=steps), placed.model, target)
+                if timing is None:
+                    elsewhere = True
+                    progress(f"{precision}: timing micro-batch {size}, what it saves kept elsewhere")
+                    away = functools.partial(measure, steps=min(steps, STEPS_ELSEWHERE), elsewhere=True)
+                    timing = _unless_refused(away, placed.model, target)
                 if timing is None and precision == "fp32" and not timings:
                     raise _nothing_fits(target, size)
                 if timing is None:
@@ -182,7 +199,7 @@ def profile(
                         chunked.append(last)
             progress(f"{precision}: tracing memory")
             if precision == "fp32":
-                unseen = _unseen_bytes(placed, tracer, optimizer, sizes[0], target)
+                unseen = _unseen_bytes(placed, tracer, optimizer, sizes[0], target, plain=fits)
             memory = msgspec.structs.replace(
                 tracer.memory(precision, traced_sizes(sizes)), other_bytes=unseen
             )
@@ -200,14 +217,22 @@ def profile(
                     else _chunked_head(placed, tracer, precision, sizes, chunks, chunked),
                 )
             )
-        progress("measuring one real step's peak memory")
-        check = _check_memory(placed, optimizer, measured[0].micro_batch_sizes, target)
-        largest = min(each.micro_batch_sizes[-1] for each in measured)
-        drawn = _energy(placed, measured, optimizer, largest, target, watts, progress)
+        timed = [(each.precision, size) for each in measured for size in each.micro_batch_sizes]
+        if len(timed) > 1:
+            progress("comparing what was timed at one speed of the device")
+            yardsticks = one_speed.in_turns(placed, timed, optimizer, target)
+            measured = [one_speed.at_one_speed(each, yardsticks) for each in measured]
+        check = None
+        if measured[0].plain_sizes:
+            progress("measuring one real step's peak memory")
+            check = _check_memory(placed, optimizer, measured[0].plain_sizes, target)
+        others = other_work.share() if target.type == "cpu" else None
+        drawn = _energy(placed, measured, optimizer, target, watts, progress)
         noise_scale = None
         if noise_steps:
             progress(f"probing gradients: {noise_steps} steps of {noise.MICRO_BATCHES} micro-batches")
-            noise_scale = noise.measure(placed, micro_batch_size=sizes[0], steps=noise_steps)
+            with contextlib.nullcontext() if fits else Elsewhere(placed.model, target).holding():
+                noise_scale = noise.measure(placed, micro_batch_size=sizes[0], steps=noise_steps)
     link = None
     if world_size > 1:
         progress(f"measuring all-reduces between {world_size} processes")
@@ -224,7 +249,9 @@ def profile(
         precisions=tuple(measured),
         hopeless=tuple(hopeless),
         memory_check=check,
-        cost=ProfileCost(seconds=time.perf_counter() - began, micro_batches_run=counted.calls),
+        cost=ProfileCost(
+            seconds=time.perf_counter() - began, micro_batches_run=counted.calls, other_work_share=others
+        ),
         energy=drawn,
         noise_scale=noise_scale,
         parameters=parameters,
@@ -235,21 +262,36 @@ def profile(
 
 def _nothing_fits(device: torch.device, smallest: int) -> ValueError:
     return ValueError(
-        f"--batch must begin with a micro-batch whose plain step fits on the {device.type} device, and {smallest} was "
-        "refused memory: a profile runs plain steps. Take a smaller one or shorter samples, free memory there, or run "
-        "nothing (--fake): shapes then give the memory, and a roofline the time."
+        f"--batch must begin with a micro-batch that fits on the {device.type} device, and {smallest} was refused "
+        "memory, although all that a step saves was kept elsewhere: weights, gradients, optimizer and one operation "
+        "at a time are too much, so no plan can train with it. Take a smaller one or shorter samples, free memory "
+        "there, or run nothing (--fake), as for several processes that share what one cannot hold."
     )
 
 
-@contextlib.contextmanager
-def _fitting(device: torch.device, smallest: int) -> Iterator[None]:
-    """Around the first passes of the smallest micro-batch: where they are refused memory, nothing can be profiled."""
+def _rehearsed(workload: Workload, sizes: Sequence[int], device: torch.device, progress: Progress) -> bool:
+    """Try every call once; whether the passes of the smallest micro-batch fit with what they save.
+
+    Raises WorkloadError for a call that fails, ValueError where the smallest micro-batch does not fit either way.
+    """
+    others = (*sizes[1:], DISCOVERY_BATCH_SIZE)
     try:
-        yield
+        rehearse(workload, sizes[0], others)
     except WorkloadError as error:
-        if error.__cause__ is None or not devices.is_out_of_memory(error.__cause__):
+        if not devices.is_out_of_memory(error):
             raise
-        raise _nothing_fits(device, smallest) from error
+    else:
+        return True
+    _let_go(workload.model, device)
+    progress("trying every call once, what is saved kept elsewhere")
+    try:
+        with Elsewhere(workload.model, device).holding():
+            rehearse(workload, sizes[0], others)
+    except WorkloadError as error:
+        if not devices.is_out_of_memory(error):
+            raise
+        raise _nothing_fits(device, sizes[0]) from error
+    return False
 
 
 def _unless_refused(
@@ -262,9 +304,15 @@ def _unless_refused(
         if not devices.is_out_of_memory(error):
             raise
     # Out of the handler, which holds the frames of the step and with them its tensors.
-    model.zero_grad(set_to_none=True)
-    devices.release_freed_memory(device)
+    _let_go(model, device)
     return None
+
+
+def _let_go(model: torch.nn.Module, device: torch.device) -> None:
+    """Of all that is left of a step that was refused memory."""
+    gc.collect()
+    model.zero_grad(set_to_none=True)
+    release_freed_memory(device)
 
 
 def _chunked_head(
@@ -324,12 +372,11 @@ def _energy(
     workload: Workload,
     measured: Sequence[PrecisionProfile],
     optimizer: str,
-    micro_batch_size: int,
     device: torch.device,
     watts: float | None,
     progress: Progress,
 ) -> EnergyProfile | None:
-    """What the device draws: as stated, else as a counter tells, else unknown."""
+    """What the device draws: as stated, else as a counter tells, else unknown. A counter needs plain steps to watch."""
     precisions = [each.precision for each in measured]
     counter = energy.find_counter(device)
     if watts is not None:
@@ -338,24 +385,45 @@ def _energy(
         return energy.stated(watts, precisions)
     if counter is None:
         return None
+    if not all(each.plain_sizes for each in measured):
+        progress("energy: unknown, since no plain step fits whose watts could be measured")
+        return None
     progress(f"measuring watts of every phase ({counter.source})")
     return energy.measure(
         workload,
         counter,
         precisions=precisions,
         optimizer=optimizer,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=min(each.plain_sizes[-1] for each in measured),
         device=device,
         window_seconds=energy.WINDOW_SECONDS,
     )
 
 
 def _unseen_bytes(
-    workload: Workload, tracer: MemoryTracer, optimizer: str, micro_batch_size: int, device: torch.device
+    workload: Workload,
+    tracer: MemoryTracer,
+    optimizer: str,
+    micro_batch_size: int,
+    device: torch.device,
+    *,
+    plain: bool,
 ) -> int:
-    """What the allocator holds for kernels' workspaces, which no fake step shows: measured on CUDA, none on a CPU."""
+    """What the allocator holds for kernels' workspaces, which no fake step shows: measured on CUDA, none on a CPU.
+
+    Where no plain step fits, it is all that is left on the device beside the model once steps have run.
+    """
     if device.type != "cuda":
         return 0
+    if not plain:
+        _let_go(workload.model, device)
+        own = dict.fromkeys(
+            tensor.untyped_storage() for tensor in (*workload.model.parameters(), *workload.model.buffers())
+        )
+        return max(
+            0,
+            torch.cuda.memory_allocated(device) - sum(storage_bytes(each, CUDA_BLOCK_BYTES) for each in own),
+        )
     measured, _ = measure_peak(workload, optimizer, "fp32", micro_batch_size, device)
     return max(0, measured - tracer.plain_peak_bytes("fp32", micro_batch_size))
 

@@ -146,7 +146,10 @@ class StepTime(Record):
     ``update_seconds``: clipping, optimizer, gradients to None. ``host_seconds``: per micro-batch, between the
     windows. ``spread``: relative half-width of the middle half of the measured step times, the noise of this
     measurement. ``steps_timed`` 0: nothing was run, the times are a roofline's and ``spread`` is the error it states.
-    ``yardstick_seconds``: how fast the device was meanwhile, see profiler/yardstick.py.
+    ``yardstick_seconds``: how fast the device was meanwhile, see profiler/yardstick.py. ``kept_elsewhere``: the device
+    refused memory for a plain step, so one ran with what it saves kept elsewhere (profiler/elsewhere.py).
+    ``dispatch_seconds``: how long this host takes to lead one operation through a mode written in Python, the unit of
+    what recomputing costs beside the operations; None where the device does not wait for its host, or nothing was run.
     """
 
     micro_batch_size: Positive
@@ -157,6 +160,8 @@ class StepTime(Record):
     steps_timed: Annotated[int, Meta(ge=0)]
     spread: Annotated[float, Meta(ge=0)]
     yardstick_seconds: Annotated[float, Meta(gt=0)] | None = None
+    kept_elsewhere: bool = False
+    dispatch_seconds: Annotated[float, Meta(gt=0)] | None = None
 
 
 class ChunkedHead(Record):
@@ -187,6 +192,11 @@ class PrecisionProfile(Record):
     def micro_batch_sizes(self) -> tuple[int, ...]:
         """Those that were timed, rising."""
         return tuple(step.micro_batch_size for step in self.wall)
+
+    @property
+    def plain_sizes(self) -> tuple[int, ...]:
+        """Those whose plain step fits on the device, or nothing was run to see."""
+        return tuple(step.micro_batch_size for step in self.wall if not step.kept_elsewhere)
 
     def with_chunks(self, loss_chunks: int | None) -> PrecisionProfile:
         """As it is, or with its last stage as in ``chunked_head``. Raises ValueError for other numbers of chunks."""
@@ -236,7 +246,10 @@ class HopelessPrecision(Record):
 
 
 class TooLarge(Record):
-    """The smallest micro-batch of a precision whose plain step was refused memory; larger ones were not tried."""
+    """The smallest micro-batch of a precision that was refused memory even with what a step saves kept elsewhere.
+
+    Larger ones were not tried.
+    """
 
     precision: Precision
     micro_batch_size: Positive
@@ -344,10 +357,14 @@ class NoiseScale(Record):
 
 
 class ProfileCost(Record):
-    """What the profile itself took: seconds in all, and forward passes run on the device, most with a backward one."""
+    """What the profile itself took: seconds in all, and forward passes run on the device, most with a backward one.
+
+    ``other_work_share``: of the machine's processors, meanwhile; None for a GPU, or where the system does not say.
+    """
 
     seconds: Seconds
     micro_batches_run: Annotated[int, Meta(ge=0)]
+    other_work_share: Annotated[float, Meta(ge=0, le=1)] | None = None
 
 
 class Profile(Document, tag="profile"):

@@ -154,7 +154,10 @@ def _place(error: Exception, model: nn.Module) -> str:
     """``, in layers.3.attn, at mine.py:12``: the innermost module, and the innermost line that is no library's."""
     names = {module: name for name, module in model.named_modules()}
     inside = where = ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
+    # A frame that was asked for its locals keeps them, and in the first one, that of ``calling``, is the error itself,
+    # which holds all frames: such a ring would keep what a step that failed has allocated.
+    outermost = error.__traceback__
+    for frame, line in traceback.walk_tb(outermost and outermost.tb_next):
         module = frame.f_locals.get("self")
         if isinstance(module, nn.Module):
             inside = names.get(module) or inside

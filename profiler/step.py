@@ -50,6 +50,16 @@ class StepObserver:
 SILENT = StepObserver()
 
 
+def autocast(precision: Precision, device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Around forward passes: products in the precision, weights in fp32."""
+    dtype = AUTOCAST_DTYPES.get(precision)
+    if dtype is None:
+        return contextlib.nullcontext()
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return absent.autocast(dtype)
+    return torch.autocast(device_type, dtype=dtype)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stepper:
     """All that an optimizer step needs except the data. ``max_gradient_norm`` None means no clipping.
@@ -68,12 +78,7 @@ class Stepper:
     skip_not_finite: bool = False
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        dtype = AUTOCAST_DTYPES.get(self.precision)
-        if dtype is None:
-            return contextlib.nullcontext()
-        if self.device_type == "cuda" and not torch.cuda.is_available():
-            return absent.autocast(dtype)
-        return torch.autocast(self.device_type, dtype=dtype)
+        return autocast(self.precision, self.device_type)
 
     def step(
         self, micro_batches: Iterable[Any], gradient_accumulation_steps: int, observer: StepObserver = SILENT

@@ -10,11 +10,15 @@ One step warms up, on the largest batches there are, and shows what memory kerne
 the mean over those that nothing else disturbed is kept, beside that of a yardstick (profiler/yardstick.py) that runs
 between them. On a CPU a mark reads the wall clock and the process's CPU clock; on CUDA it records an event, and all
 are read after the step. The learning rate is zero and the buffers are put back, so the model is what it was.
+
+A step that does not fit runs all the same with what it saves kept elsewhere (profiler/elsewhere.py); while tensors are
+copied there and back the clock stands still.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import time
 import weakref
@@ -23,13 +27,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from profiler.chain import Stage
-from profiler.device import keep_freed_memory, process_cpu_seconds, synchronize
+from profiler.device import is_out_of_memory, process_cpu_seconds, synchronize
+from profiler.elsewhere import Away, Elsewhere
 from profiler.events import Window
+from profiler.freed_memory import keep_freed_memory
+from profiler.live import QuickMode
 from profiler.memory import WindowMarks
 from profiler.profile_record import Precision, StageTime, StepTime
 from profiler.selective import NOWHERE, WIDE, keepers
@@ -84,8 +92,9 @@ def on_device(workload: Workload, device: torch.device) -> Iterator[Workload]:
             for parameter, _ in gradients:
                 parameter.grad = None
             model.train()
+            _move(model, device)
             yield Workload(
-                model=model.to(device),
+                model=model,
                 batch=lambda size: to_device(workload.batch(size), device),
                 loss=workload.loss,
                 name=workload.name,
@@ -99,6 +108,20 @@ def on_device(workload: Workload, device: torch.device) -> Iterator[Workload]:
                     buffer.copy_(buffers[name])
             for parameter, gradient in gradients:
                 parameter.grad = gradient
+
+
+def _move(model: torch.nn.Module, device: torch.device) -> None:
+    try:
+        model.to(device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        raise ValueError(
+            f"The weights must fit on the {device.type} device, and these of {size / 2**20:,.0f} MiB were refused "
+            "memory. Free some there, take a smaller model, or run nothing (--fake), as for several processes that "
+            "share them."
+        ) from error
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -134,14 +157,16 @@ def measure_times(
     device: torch.device,
     steps: int,
     workspaces: Workspaces,
+    elsewhere: bool = False,
 ) -> Timing:
     """Mean times of ``steps`` optimizer steps of two micro-batches or more; the model is already on ``device``.
 
-    ``workspaces`` learns from the step that warms up. Raises ValueError for a loss that is not finite.
+    ``workspaces`` learns from the step that warms up. ``elsewhere``: what a step saves is kept off the device. Raises
+    ValueError for a loss that is not finite.
     """
     stepper = stepper_for(workload, optimizer, precision, device)
     clock = _clock(device)
-    saves = _LastSave(clock)
+    saves = _LastSave(clock, _elsewhere(workload, device, clock) if elsewhere else None)
     marks = WindowMarks(stages, saves.window)
     batches = [workload.batch(micro_batch_size) for _ in range(MICRO_BATCHES_PER_STEP)]
     worst = (workload.worst_batch(micro_batch_size) for _ in range(MICRO_BATCHES_PER_STEP))
@@ -175,17 +200,48 @@ def measure_times(
             forwards.append(clock.read())
             saves.let_go()
     readings = [readings[index] for index in yardstick.undisturbed()]
+    dispatch = dispatch_seconds() if device.type == "cpu" else None
     wall = _summary(
         [r.wall for r in readings],
         _kept_in([r.wall for r in forwards], len(stages)),
         micro_batch_size,
         yardstick.wall_seconds(),
+        elsewhere,
+        dispatch,
     )
     of_cpu = [r.process_cpu for r in readings if r.process_cpu is not None]
     if not of_cpu:
         return Timing(wall, None)
     kept_cpu = _kept_in([r.process_cpu for r in forwards if r.process_cpu is not None], len(stages))
-    return Timing(wall, _summary(of_cpu, kept_cpu, micro_batch_size, yardstick.cpu_seconds()))
+    cpu = _summary(of_cpu, kept_cpu, micro_batch_size, yardstick.cpu_seconds(), elsewhere)
+    if dispatch is not None:
+        # Meanwhile the other threads spin, and their time counts as well.
+        busy = max(1.0, cpu.step_seconds / wall.step_seconds)
+        cpu = msgspec.structs.replace(cpu, dispatch_seconds=dispatch * busy)
+    return Timing(wall, cpu)
+
+
+class _Through(QuickMode):  # type: ignore[no-untyped-call]
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def dispatch_seconds(calls: int = 300, rounds: int = 7) -> float:
+    """How long this host takes to lead one operation through a mode written in Python: the quickest of some rounds."""
+    number = torch.zeros(())
+
+    def each() -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            torch.add(number, number)
+        return (time.perf_counter() - start) / calls
+
+    with torch.no_grad():
+        plain = min(each() for _ in range(rounds))
+        with _Through():  # type: ignore[no-untyped-call]
+            return min(each() for _ in range(rounds)) - plain
 
 
 def measure_last_stage(
@@ -201,11 +257,12 @@ def measure_last_stage(
 ) -> tuple[StageTime, StageTime | None]:
     """The times of a changed last stage on both clocks, from one step at the speed that ``beside`` was measured at.
 
-    The other stages are the same in both, so the ratio of their times is that of the device's speeds.
+    The other stages are the same in both, so the ratio of their times is that of the device's speeds. What the step
+    saves is kept where it was for ``beside``.
     """
     stepper = stepper_for(workload, optimizer, precision, device)
     clock = _clock(device)
-    saves = _LastSave(clock)
+    saves = _LastSave(clock, _elsewhere(workload, device, clock) if beside.wall.kept_elsewhere else None)
     marks = WindowMarks(stages, saves.window)
     batches = [workload.batch(micro_batch_size) for _ in range(MICRO_BATCHES_PER_STEP)]
     with marks.watching(workload.model), saves.watching():
@@ -255,27 +312,40 @@ def _check_finite(loss: torch.Tensor, precision: Precision, micro_batch_size: in
         )
 
 
-def forward_seconds(workload: Workload, precision: Precision, batch: Any, device: torch.device) -> float:
-    """Seconds of one forward pass with gradients enabled, on the wall clock."""
+def _elsewhere(workload: Workload, device: torch.device, clock: _CpuClock | _CudaClock) -> Elsewhere:
+    return Elsewhere(workload.model, device, clock.paused)
+
+
+def forward_seconds(
+    workload: Workload, precision: Precision, batch: Any, device: torch.device, *, saving: bool = True
+) -> float:
+    """Seconds of one forward pass on the wall clock; ``saving``: with what a backward pass would need."""
     stepper = stepper_for(workload, "sgd", precision, device)
     synchronize(device)
     start = time.perf_counter()
-    with stepper.autocast():
+    with stepper.autocast(), torch.set_grad_enabled(saving):
         stepper.loss(stepper.model, batch)
     synchronize(device)
     return time.perf_counter() - start
 
 
 def check_worthwhile(
-    workload: Workload, stages: Sequence[Stage], precision: Precision, batch: Any, device: torch.device
+    workload: Workload,
+    stages: Sequence[Stage],
+    precision: Precision,
+    batch: Any,
+    device: torch.device,
+    *,
+    saving: bool = True,
 ) -> None:
     """Raise HopelessPrecisionError when ``precision`` runs far slower than fp32 here.
 
     fp32's second forward pass is the yardstick. The other precision's first one (kernels are set up in it) is
-    broken off between two stages as soon as it has taken ten times as long; its second one is compared.
+    broken off between two stages as soon as it has taken ten times as long; its second one is compared. ``saving``
+    False: passes save nothing, for a device that has no room for it, and none is broken off.
     """
-    forward_seconds(workload, "fp32", batch, device)
-    yardstick = forward_seconds(workload, "fp32", batch, device)
+    forward_seconds(workload, "fp32", batch, device, saving=saving)
+    yardstick = forward_seconds(workload, "fp32", batch, device, saving=saving)
     start = time.perf_counter()
 
     def mark(window: Window, boundary: torch.Tensor | None) -> None:
@@ -284,8 +354,8 @@ def check_worthwhile(
             raise HopelessPrecisionError(slowdown)
 
     with WindowMarks(stages, mark).watching(workload.model):
-        forward_seconds(workload, precision, batch, device)
-    slowdown = forward_seconds(workload, precision, batch, device) / yardstick
+        forward_seconds(workload, precision, batch, device, saving=saving)
+    slowdown = forward_seconds(workload, precision, batch, device, saving=saving) / yardstick
     if slowdown > HOPELESS_SLOWDOWN:
         raise HopelessPrecisionError(slowdown)
 
@@ -316,15 +386,19 @@ class _Saved:
 
     __slots__ = ("__weakref__", "tensor")
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor: torch.Tensor | None = tensor
+    def __init__(self, tensor: torch.Tensor | Away) -> None:
+        self.tensor: torch.Tensor | Away | None = tensor
 
 
 class _LastSave:
-    """Marks the moment of each stage's last saved tensor, once a first step has shown how many it saves."""
+    """Marks the moment of each stage's last saved tensor, once a first step has shown how many it saves.
 
-    def __init__(self, clock: _CpuClock | _CudaClock) -> None:
+    ``elsewhere``: where they are kept, if not on the device.
+    """
+
+    def __init__(self, clock: _CpuClock | _CudaClock, elsewhere: Elsewhere | None = None) -> None:
         self._clock = clock
+        self._elsewhere = elsewhere
         self._saved: list[weakref.ref[_Saved]] = []
         self._window: Window = ("between", 0, 0)
         self._counts: dict[int, int] = defaultdict(int)
@@ -344,7 +418,7 @@ class _LastSave:
     def watching(self) -> Iterator[None]:
         """While steps run; afterwards nothing of them stays, however they ended."""
         try:
-            with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: saved.tensor):
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
                 yield
         finally:
             self.let_go()
@@ -365,9 +439,18 @@ class _LastSave:
                 self._counts[stage] = max(self._counts[stage], self._seen)
             elif self._last.get(stage) == self._seen:
                 self._clock.mark_inside(("saved", micro_batch, stage))
-        saved = _Saved(tensor)
+        saved = _Saved(tensor if self._elsewhere is None else self._elsewhere.keep(tensor))
         self._saved.append(weakref.ref(saved))
         return saved
+
+    def _unpack(self, saved: _Saved) -> torch.Tensor:
+        kept = saved.tensor
+        assert kept is not None, "nothing was let go of that a backward pass still asks for"
+        return kept if isinstance(kept, torch.Tensor) else self._given_back(kept)
+
+    def _given_back(self, kept: Away) -> torch.Tensor:
+        assert self._elsewhere is not None
+        return self._elsewhere.give_back(kept)
 
     def learn(self) -> None:
         if not self._last:
@@ -437,15 +520,32 @@ class _CpuClock:
 
     def __init__(self) -> None:
         self._marks: list[tuple[Key, bool, float, float]] = []
+        self._lost = (0.0, 0.0)
 
     def start(self) -> None:
         self._marks = []
+        self._lost = (0.0, 0.0)
+
+    def _mark(self, key: Key, inside: bool) -> None:
+        wall, cpu = self._lost
+        self._marks.append((key, inside, time.perf_counter() - wall, process_cpu_seconds() - cpu))
 
     def mark(self, key: Key) -> None:
-        self._marks.append((key, False, time.perf_counter(), process_cpu_seconds()))
+        self._mark(key, False)
 
     def mark_inside(self, key: Key) -> None:
-        self._marks.append((key, True, time.perf_counter(), process_cpu_seconds()))
+        self._mark(key, True)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside takes no time."""
+        wall, cpu = time.perf_counter(), process_cpu_seconds()
+        yield
+        lost_wall, lost_cpu = self._lost
+        self._lost = (
+            lost_wall + time.perf_counter() - wall,
+            lost_cpu + process_cpu_seconds() - cpu,
+        )
 
     def read(self) -> _Reading:
         self.mark(("end", 0, 0))
@@ -459,14 +559,14 @@ class _CudaClock:
 
     def __init__(self) -> None:
         self._marks: list[tuple[Key, bool, torch.cuda.Event]] = []
+        self._pauses: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
 
     def start(self) -> None:
         self._marks = []
+        self._pauses = []
 
     def _record(self, key: Key, inside: bool) -> None:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        self._marks.append((key, inside, event))
+        self._marks.append((key, inside, _recorded()))
 
     def mark(self, key: Key) -> None:
         self._record(key, False)
@@ -474,12 +574,31 @@ class _CudaClock:
     def mark_inside(self, key: Key) -> None:
         self._record(key, True)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What the device does for what runs inside takes no time."""
+        begins = _recorded()
+        yield
+        self._pauses.append((len(self._marks), begins, _recorded()))
+
     def read(self) -> _Reading:
         self._record(("end", 0, 0), False)
         torch.cuda.synchronize()
         first = self._marks[0][2]
-        marks = [(key, inside, first.elapsed_time(event) / 1e3) for key, inside, event in self._marks]
+        lost = [0.0] * (len(self._marks) + 1)
+        for position, begins, ends in self._pauses:
+            lost[position] += begins.elapsed_time(ends)
+        marks = [
+            (key, inside, (first.elapsed_time(event) - before) / 1e3)
+            for (key, inside, event), before in zip(self._marks, itertools.accumulate(lost), strict=False)
+        ]
         return _Reading(_differences(marks), None)
+
+
+def _recorded() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
 
 
 def _differences(marks: list[tuple[Key, bool, float]]) -> Times:
@@ -500,7 +619,12 @@ def _total(step: Times) -> float:
 
 
 def _summary(
-    steps: list[Times], kept: list[_Kept], micro_batch_size: int, yardstick_seconds: float | None
+    steps: list[Times],
+    kept: list[_Kept],
+    micro_batch_size: int,
+    yardstick_seconds: float | None,
+    elsewhere: bool = False,
+    dispatch_seconds: float | None = None,
 ) -> StepTime:
     totals = [_total(step) for step in steps]
 
@@ -531,4 +655,6 @@ def _summary(
         steps_timed=len(steps),
         spread=(ordered[-1 - quarter] - ordered[quarter]) / (2 * middle),
         yardstick_seconds=yardstick_seconds,
+        kept_elsewhere=elsewhere,
+        dispatch_seconds=dispatch_seconds,
     )

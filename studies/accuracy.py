@@ -40,7 +40,7 @@ from planner.plan import Choice, Plan
 from profiler import catalogue, records
 from profiler.device import describe
 from profiler.profile_record import KEEPINGS, DeviceRecord, Keeping, PrecisionMemory, Profile
-from studies.runs import RESULTS, document, name_on, provenance, run, write
+from studies.runs import RESULTS, document, name_on, picked, picture, provenance, run, write
 
 TIME_LIMIT_SECONDS = 600.0
 
@@ -118,9 +118,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a CUDA device, and this machine has none. Run it on one that has.")
-    cases = [case for case in (ON_CUDA if options.device == "cuda" else CASES) if options.only in case.model]
-    if not cases:
-        parser.error(f"--only {options.only} must be part of a model's name, and no model has it.")
+    of_device = ON_CUDA if options.device == "cuda" else CASES
+    cases = picked(parser, of_device, lambda case: case.model, options.only)
     results = Results(describe(torch.device(options.device)))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PLANNER_HOME"] = str(Path(folder) / "state")
@@ -161,9 +160,9 @@ class Results:
 def profiled(case: Case, device: str, folder: Path, steps: int) -> Profile:
     """The model's profile, made by the command in a process of its own."""
     path = folder / f"{case.name}.{device}.profile.json"
-    flags = ("--batch", case.batch, "--optimizer", case.optimizer, *(case.flags or ("--precision", "fp32")))
+    flags = ("--batch", case.batch, "--optimizer", case.optimizer, *case.flags)
     if "--precision" not in flags:
-        flags += ("--precision", "fp32")
+        flags += ("--precision", "fp32,bf16")  # bf16 is left out where it is hopeless.
     flags += ("--device", device, "--steps", str(steps), "-o", str(path))
     run("profile", case.model, *flags, time_limit_seconds=TIME_LIMIT_SECONDS)
     return records.read(path, Profile)
@@ -332,45 +331,39 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Predicted against measured, memory and time, one mark per plan."""
     import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.8), dpi=120)
     models = sorted({row["model"] for row in rows})
-    colours = pyplot.get_cmap("tab20")
-    for axes, name, scale, title in (
-        (panels[0], "peak_memory_bytes", 2**20, "peak memory, MiB"),
-        (panels[1], "steady_seconds", 1.0, "step time at the device's speed, s"),
-    ):
-        values = [row[side][name] / scale for row in rows for side in ("measured", "predicted")]
-        ends = (min(values) / 1.3, max(values) * 1.3)
-        axes.plot(ends, ends, color="#9aa5b1", linewidth=1, zorder=0)
-        for index, model in enumerate(models):
-            own = [row for row in rows if row["model"] == model]
-            axes.scatter(
-                [row["measured"][name] / scale for row in own],
-                [row["predicted"][name] / scale for row in own],
-                s=22, color=colours(index), label=model.rpartition(":")[2], alpha=0.85,
-            )  # fmt: skip
-        worst = max(abs(row["relative_error"][name]) for row in rows)
-        mean = statistics.mean(abs(row["relative_error"][name]) for row in rows)
-        axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured", ylabel="predicted")
-        axes.set_title(f"{title}: off by {mean:.2%} on average, {worst:.2%} at worst", loc="left", fontsize=9)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter(NullFormatter())
-        axes.set_aspect("equal")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8
-    )
-    figure.set_layout_engine("constrained")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    pyplot.close(figure)
+    colours = matplotlib.colormaps["tab20"]
+    with picture(path, columns=2, figsize=(10, 4.8)) as (figure, [panels]):
+        for axes, name, scale, title in (
+            (panels[0], "peak_memory_bytes", 2**20, "peak memory, MiB"),
+            (panels[1], "steady_seconds", 1.0, "step time at the device's speed, s"),
+        ):
+            values = [row[side][name] / scale for row in rows for side in ("measured", "predicted")]
+            ends = (min(values) / 1.3, max(values) * 1.3)
+            axes.plot(ends, ends, color="#9aa5b1", linewidth=1, zorder=0)
+            for index, model in enumerate(models):
+                own = [row for row in rows if row["model"] == model]
+                axes.scatter(
+                    [row["measured"][name] / scale for row in own],
+                    [row["predicted"][name] / scale for row in own],
+                    s=22, color=colours(index), label=model.rpartition(":")[2], alpha=0.85,
+                )  # fmt: skip
+            worst = max(abs(row["relative_error"][name]) for row in rows)
+            mean = statistics.mean(abs(row["relative_error"][name]) for row in rows)
+            axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured", ylabel="predicted")
+            axes.set_title(
+                f"{title}: off by {mean:.2%} on average, {worst:.2%} at worst", loc="left", fontsize=9
+            )
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter(NullFormatter())
+            axes.set_aspect("equal")
+        figure.legend(
+            *panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8
+        )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def child(model: str, steps: int, keep: bool) -> None:
     import torch
 
     import profiler
-    from profiler.device import keep_freed_memory
+    from profiler.freed_memory import keep_freed_memory
     from profiler.timing import stepper_for
 
     workload = profiler.build(profiler.WorkloadSpec(name=model))

@@ -11,6 +11,7 @@ peak:
 The largest error over all plans is what ``planner.cost.COMPOSITION_ERROR`` states.
 
     python -m studies.composition --plans 20
+    python -m studies.composition --only resnet50
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from profiler.timing import stepper_for
 from profiler.workload import Workload
 from profiler.workspaces import Workspaces
 from studies.accuracy import random_placed, selectable
+from studies.runs import picked
 from studies.workloads import classifier, gpt2_of_three_blocks, mlp
 
 TRACED_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
@@ -161,10 +163,12 @@ def errors_of(workload: Workload, plans: int, seed: int) -> list[tuple[Setting, 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Predicted against executed peaks of random plans.")
     parser.add_argument("--plans", type=int, default=20, help="random plans per model")
+    parser.add_argument("--only", default="", help="models whose name contains this")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     errors: list[float] = []
-    for name, build in MODELS.items():
+    for name in picked(parser, MODELS, str, options.only):
+        build = MODELS[name]
         for setting, predicted, executed in errors_of(build(), options.plans, options.seed):
             errors.append(predicted / executed - 1)
             print(

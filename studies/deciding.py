@@ -6,8 +6,8 @@
 
 Each at a global batch of 32, for no memory limit, for a budget that binds, and for one that nothing fits, for which
 segments inside segments are tried as well; in chains as long as that of 96 layers these take minutes, and are left out.
-Several processes run in fp32 alone (planner/zero.py). Times are the shortest of several, on the wall clock and of the
-process; the very first call in a process may read compiled loops from the disk, and is not counted.
+Times are the shortest of several, on the wall clock and of the process; the very first call in a process may read
+compiled loops from the disk, and is not counted. What one search remembers is forgotten before the next.
 
     python -m studies.deciding [PROFILE]
 """
@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from planner.cost import checked_peak_bytes
+from planner.cost import checked_peak_bytes, sharded_once
 from planner.explain import budget_for
 from planner.plan import NoFeasiblePlan
 from planner.search import space
@@ -168,6 +168,7 @@ def decided(profile: Profile, budget_bytes: int | None, **asked: Any) -> Taken:
     walls, processes, others = [], [], []
     said = ""
     for _ in range(REPEATS):
+        sharded_once.cache_clear()
         wall, process = time.perf_counter(), time.process_time()
         searched = space(profile, GLOBAL_BATCH, budget_bytes, **asked)
         plan = None

@@ -35,7 +35,7 @@ from planner.cost import index_segments
 from planner.plan import NoFeasiblePlan, Plan
 from planner.search import optimize
 from profiler.allocator import measure_step
-from profiler.device import keep_freed_memory
+from profiler.freed_memory import keep_freed_memory
 from profiler.profile_record import Profile
 from profiler.timing import stepper_for
 from profiler.unmeasured import profile_unmeasured, target_of

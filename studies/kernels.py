@@ -18,7 +18,7 @@ import torch
 
 from planner.cost import TRIED_KERNELS_ERROR
 from profiler.chain import discover
-from profiler.device import keep_freed_memory
+from profiler.freed_memory import keep_freed_memory
 from profiler.measure import measure_peak
 from profiler.memory import MemoryTracer
 from profiler.profile_record import Precision

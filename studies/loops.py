@@ -1,6 +1,6 @@
 """One training job in the loops that people write, for studies.overhead.
 
-    hand         torch alone, as an expert writes it
+    hand         torch alone, as an expert writes it            (these two also step by step)
     ours         executor.prepare
     accelerate   Accelerator and its accumulate context
     trainer      transformers' Trainer
@@ -21,7 +21,7 @@ import logging
 import operator
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,9 +71,11 @@ _as_it_is = operator.itemgetter(0)
 """A DataLoader hands over a list of one."""
 
 Loop = Callable[[Job], None]
+Steps = Callable[[Job], Iterator[torch.Tensor]]
+"""A loop that stops after each step with its mean loss, and goes on when it is asked for the next."""
 
 
-def hand(job: Job) -> None:
+def hand_steps(job: Job) -> Iterator[torch.Tensor]:
     model, optimizer = job.model, job.optimizer
     batches = iter(job.loader())
     for _ in range(job.steps):
@@ -85,15 +87,23 @@ def hand(job: Job) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        job.reported.append(mean_loss)
+        yield mean_loss
 
 
-def ours(plan: Plan, job: Job) -> None:
+def our_steps(plan: Plan, job: Job) -> Iterator[torch.Tensor]:
     step = executor.prepare(job.model, job.optimizer, plan, loss=job.loss, max_gradient_norm=LARGEST_NORM)
     batches = iter(job.loader())
     for _ in range(job.steps):
-        job.reported.append(step(itertools.islice(batches, ACCUMULATION)))
+        yield step(itertools.islice(batches, ACCUMULATION))
     step.remove()
+
+
+def hand(job: Job) -> None:
+    job.reported.extend(hand_steps(job))
+
+
+def ours(plan: Plan, job: Job) -> None:
+    job.reported.extend(our_steps(plan, job))
 
 
 def accelerate(job: Job) -> None:

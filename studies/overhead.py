@@ -12,6 +12,13 @@ clipping, the update, and its own bookkeeping. Outside are setting up, the first
 state, and tearing down. On CUDA the device is waited for at both ends, nowhere else. On a CPU the clock is that of the
 process, all threads together: by the clock on the wall a loop was up to 10% from itself on a shared machine.
 
+A machine's mood may change within a turn. In the cases named ``-steps`` the hand-written loop, the same again and ours
+take turns by the step, each with a model of its own; these are made anew now and then, in any order, so that no loop's
+lies better in memory. Each step's random numbers are seeded by its place, so losses must be the same here too.
+
+``gpt2-bare`` has the modules and parameters of GPT-2 and next to nothing to compute. What its step takes more than the
+hand-written one's, in microseconds, is what any step of GPT-2 does, and on a noisy machine it tells more than a ratio.
+
 Micro-batches are ready in memory, on the device. Every turn has the same, the same weights, the same random numbers
 (seeded in the first forward pass), the fused AdamW, fp32, and no checkpoints, evaluation, logging or saving; so its
 losses must be the same, and on a CPU those of ours are bit for bit. The process keeps freed memory from its beginning,
@@ -28,15 +35,18 @@ too large to tell. Results are kept case by case.
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import functools
 import gc
 import importlib.util
 import itertools
 import json
+import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,21 +55,23 @@ import msgspec
 import torch
 import torchvision
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from planner.cost import instead
 from planner.plan import Plan
 from planner.search import optimize
 from profiler import device as devices
 from profiler.allocator import measure_step
+from profiler.freed_memory import keep_freed_memory
 from profiler.step import Loss, build_optimizer
 from profiler.timing import to_device
 from profiler.unmeasured import profile_unmeasured, target_of
 from profiler.workload import Workload
 from studies import loops
 from studies.placement import gpt2
-from studies.runs import RESULTS, name_on, provenance, write
+from studies.runs import RESULTS, name_on, picked, picture, provenance, write
 from studies.turns import in_turns, standard_error
-from studies.workloads import classifier
+from studies.workloads import classifier, language_model
 
 MOST_OF_HAND = 1.02
 """Of the hand-written loop's time."""
@@ -82,13 +94,19 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """A model and its micro-batch size, the steps in the window of a turn, and how many rounds tell enough."""
+    """A model and its micro-batch size, the steps in the window of a turn, and how many rounds tell enough.
+
+    ``bare``: there is next to nothing to compute, so ratios mean nothing and microseconds do. ``by_the_step``: loops
+    take turns by the step, and make their models anew after ``steps``.
+    """
 
     name: str
     build: Callable[[], Workload]
     size: int
     steps: int
     rounds: int
+    bare: bool = False
+    by_the_step: bool = False
 
 
 def resnet50(image_size: int) -> Workload:
@@ -101,12 +119,22 @@ def small_mlp() -> Workload:
     return classifier(nn.Sequential(nn.Linear(784, 1024), nn.GELU(), nn.Linear(1024, 10)), 784)
 
 
+def bare_gpt2() -> Workload:
+    """GPT-2's twelve blocks, modules and parameters, of width 12, on eight of 64 words."""
+    config = GPT2Config(n_layer=12, n_embd=12, n_head=12, vocab_size=64, n_positions=8, use_cache=False)
+    return language_model(GPT2LMHeadModel(config), 64, 8)
+
+
 ON_CPU = (
+    Case(name="gpt2-bare", build=bare_gpt2, size=1, steps=20, rounds=9, bare=True),
     Case(name="mlp", build=small_mlp, size=32, steps=100, rounds=9),
     Case(name="resnet50", build=lambda: resnet50(64), size=8, steps=3, rounds=3),
     Case(name="gpt2", build=lambda: gpt2(128), size=2, steps=1, rounds=3),
+    Case(name="resnet50-steps", build=lambda: resnet50(64), size=8, steps=30, rounds=150, by_the_step=True),
+    Case(name="gpt2-steps", build=lambda: gpt2(32), size=1, steps=30, rounds=200, by_the_step=True),
 )
 ON_CUDA = (
+    Case(name="gpt2-bare", build=bare_gpt2, size=1, steps=20, rounds=9, bare=True),
     Case(name="mlp", build=small_mlp, size=32, steps=500, rounds=9),
     Case(name="resnet50", build=lambda: resnet50(224), size=64, steps=20, rounds=5),
     Case(name="gpt2", build=lambda: gpt2(1024), size=8, steps=10, rounds=5),
@@ -128,12 +156,13 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """All loops of a case, by name. ``reproducible``: whether the device computes the same twice."""
+    """All loops of a case. ``reproducible``: whether the device computes the same twice; ``bare``: see Case."""
 
     case: str
     reproducible: bool
     ours_seconds: float
     loops: dict[str, Measured]
+    bare: bool = False
 
     def ratio(self, *names: str) -> float:
         """The time of ours over that of these loops, by the median of all their turns."""
@@ -159,10 +188,11 @@ def missed(found: Comparison) -> list[str]:
     """Which bars are not met, in words."""
     bars = []
     ours, hand = found.loops[OURS], found.loops[HANDS[0]]
-    for text, most, names in (
+    timed = [
         ("the hand-written loop", MOST_OF_HAND, HANDS),
         *((name, 1.0, (name,)) for name in found.loops if name not in (OURS, *HANDS)),
-    ):
+    ]
+    for text, most, names in () if found.bare else timed:
         ratio, noise = found.ratio(*names), found.noise(*names)
         if ratio > max(most, 1 + noise):
             bars.append(
@@ -199,14 +229,18 @@ class Stopwatch:
         self.steps += 1
         if self.steps in (1, self._last):
             devices.synchronize(self._device)
-            cpu = self._device.type == "cpu"
-            self._marks.append(devices.process_cpu_seconds() if cpu else time.perf_counter())
+            self._marks.append(_now(self._device))
 
     @property
     def seconds(self) -> float:
         """Between the two."""
         began, ended = self._marks
         return ended - began
+
+
+def _now(device: torch.device) -> float:
+    """In seconds; on a CPU of the process, all threads together."""
+    return devices.process_cpu_seconds() if device.type == "cpu" else time.perf_counter()
 
 
 class Recorded:
@@ -247,8 +281,8 @@ class Turns:
     def __init__(self, case: Case, device: torch.device, others: Mapping[str, loops.Loop]) -> None:
         torch.manual_seed(0)
         self._workload = case.build()
-        plan = plain_plan(self._workload, case.size, device)
-        self._loops: dict[str, loops.Loop] = {OURS: functools.partial(loops.ours, plan), **others}
+        self._plan = plain_plan(self._workload, case.size, device)
+        self._loops: dict[str, loops.Loop] = {OURS: functools.partial(loops.ours, self._plan), **others}
         self._steps = case.steps
         self._device = device
         self._weights = {
@@ -300,6 +334,62 @@ class Turns:
         )
 
 
+class Steps(Turns):
+    """Turns of one step each, of the loops that can stop after it."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        super().__init__(case, device, dict.fromkeys(HANDS, loops.hand))
+        self._steppers: dict[str, loops.Steps] = {
+            **dict.fromkeys(HANDS, loops.hand_steps),
+            OURS: functools.partial(loops.our_steps, self._plan),
+        }
+        self._going: dict[str, Iterator[torch.Tensor]] = {}
+        self._reported: dict[str, list[float]] = {}
+        self._earlier: list[dict[str, list[float]]] = []
+        self._order = random.Random(0)
+
+    def seconds(self, name: str) -> float:
+        """Of the loop's next step."""
+        if len(self._reported.get(name, ())) > self._steps:
+            self._end()
+        if not self._going:
+            self._begin()
+        return self._next(name)
+
+    def _begin(self) -> None:
+        """Each with a model of its own, made in any order; their first steps, which make the optimizers' states."""
+        for name in self._order.sample(list(self._steppers), len(self._steppers)):
+            job = self._job(1 + self._steps, self._workload.loss)
+            model = copy.deepcopy(job.model)
+            job = dataclasses.replace(job, model=model, optimizer=build_optimizer("adamw", model))
+            self._going[name], self._reported[name] = self._steppers[name](job), []
+        for name in self._steppers:
+            self._next(name)
+
+    def _next(self, name: str) -> float:
+        torch.manual_seed(len(self._reported[name]))
+        devices.synchronize(self._device)
+        began = _now(self._device)
+        loss = next(self._going[name])
+        devices.synchronize(self._device)
+        taken = _now(self._device) - began
+        self._reported[name].append(loss.item())  # A tensor that stays splits the block that it was made in.
+        return taken
+
+    def _end(self) -> None:
+        self._earlier.append(self._reported.copy())
+        self._going.clear()
+        self._reported.clear()
+
+    def losses_equal(self, name: str) -> bool:
+        """Whether each step had the loss of the hand-written loop's, as far as both went."""
+        return all(
+            loss == by_hand
+            for reported in (*self._earlier, self._reported)
+            for loss, by_hand in zip(reported[name], reported[HANDS[0]], strict=False)
+        )
+
+
 def plain_plan(workload: Workload, size: int, device: torch.device) -> Plan:
     """The plan that recomputes nothing, from a profile that runs nothing."""
     profile = profile_unmeasured(
@@ -318,7 +408,11 @@ def compared(
     case: Case, device: torch.device, rounds: int, others: Mapping[str, loops.Loop] = OTHERS
 ) -> Comparison:
     """Peaks first, one after another, then rounds of turns."""
-    turns = Turns(case, device, others)
+    if case.bare:
+        torch.set_num_threads(1)  # Others would only spin, on a clock that counts them.
+    if case.by_the_step:
+        others = dict.fromkeys(HANDS, loops.hand)
+    turns = Steps(case, device) if case.by_the_step else Turns(case, device, others)
     names = (OURS, *others)
     peaks = {}
     for name in names:
@@ -341,6 +435,7 @@ def compared(
             )
             for name, ratios in zip(names, ([], *relative), strict=True)
         },
+        bare=case.bare,
     )
 
 
@@ -371,40 +466,39 @@ def line(row: Row) -> str:
     """A row of the table."""
     ratio = "" if row["ratio"] is None else f"ours / it {row['ratio']:.3f} (± {row['noise']:.3f})"
     losses = "same losses" if row["losses_equal"] else "OTHER LOSSES"
+    noise = "" if row["noise"] is None else f" ± {1e6 * row['noise'] * row['step_seconds']:.0f}"
+    overhead = f"{1e6 * row['overhead_seconds']:+.0f}{noise} us"
     return (
         f"{row['case']:9} {row['loop']:10} {1e3 * row['step_seconds']:10.3f} ms a step, "
-        f"{1e6 * row['overhead_seconds']:+9.0f} us   {ratio:27}  "
+        f"{overhead:>18}   {ratio:27}  "
         f"peak {row['peak_memory_bytes']:13,} bytes   {losses}"
     )
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """The time of ours over that of each loop: a dot a round, a bar at the median."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    figure, panels = pyplot.subplots(
-        1, len(cases), figsize=(4.6 * len(cases), 2.8), dpi=120, squeeze=False, sharey=True
-    )
-    for axes, case in zip(panels[0], cases, strict=True):
-        others = [row for row in rows if row["case"] == case and row["loop"] != OURS][::-1]
-        for place, row in enumerate(others):
-            colour = "#6b7280" if row["loop"] in HANDS else "#d08c60"
-            axes.plot(row["ratios"], [place] * len(row["ratios"]), "o", color=colour, alpha=0.5, markersize=5)
-            axes.plot([row["ratio"]] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=2)
-        axes.axvline(1.0, color="#1f6feb", linewidth=0.8)
-        axes.axvline(MOST_OF_HAND, color="#c0392b", linewidth=0.8, linestyle="--")
-        axes.set_yticks(range(len(others)), [row["loop"] for row in others], fontsize=8)
-        axes.set_title(f"{case}, {1e3 * others[-1]['step_seconds']:,.0f} ms a step", loc="left", fontsize=9)
-        axes.set_xlabel("time of ours over the loop's", fontsize=8)
-        axes.tick_params(axis="x", labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.set_layout_engine("constrained")
-    figure.savefig(path)
-    pyplot.close(figure)
+    columns = min(3, len(cases))
+    lines = -(-len(cases) // columns)
+    with picture(path, lines, columns, figsize=(4.6 * columns, 2.6 * lines)) as (_, panels):
+        for axes in panels.flat[len(cases) :]:
+            axes.set_visible(False)
+        for axes, case in zip(panels.flat, cases, strict=False):
+            others = [row for row in rows if row["case"] == case and row["loop"] != OURS][::-1]
+            for place, row in enumerate(others):
+                colour = "#6b7280" if row["loop"] in HANDS else "#d08c60"
+                axes.plot(
+                    row["ratios"], [place] * len(row["ratios"]), "o", color=colour, alpha=0.5, markersize=5
+                )
+                axes.plot([row["ratio"]] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=2)
+            axes.axvline(1.0, color="#1f6feb", linewidth=0.8)
+            axes.axvline(MOST_OF_HAND, color="#c0392b", linewidth=0.8, linestyle="--")
+            axes.set_yticks(range(len(others)), [row["loop"] for row in others], fontsize=8)
+            axes.set_title(
+                f"{case}, {1e3 * others[-1]['step_seconds']:,.0f} ms a step", loc="left", fontsize=9
+            )
+            axes.set_xlabel("time of ours over the loop's", fontsize=8)
+            axes.tick_params(axis="x", labelsize=8)
 
 
 def main() -> int:
@@ -415,22 +509,21 @@ def main() -> int:
     options = parser.parse_args()
     device = devices.resolve(options.device)
     of_device = ON_CUDA if device.type == "cuda" else ON_CPU
-    cases = [case for case in of_device if options.only in case.name]
-    if not cases:
-        names = ", ".join(case.name for case in of_device)
-        parser.error(f"--only {options.only} must be part of a case's name: {names}.")
+    cases = picked(parser, of_device, lambda case: case.name, options.only)
     if options.rounds is not None and options.rounds < FEWEST_ROUNDS:
         parser.error(f"--rounds must be at least {FEWEST_ROUNDS}, got {options.rounds}.")
     if importlib.util.find_spec("accelerate") is None or loops.lightning_here() is None:
         parser.error("Accelerate and Lightning take part, and are not here: pip install -e '.[studies]'.")
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         parser.error("Frameworks take all GPUs that they see. Set CUDA_VISIBLE_DEVICES to one.")
-    devices.keep_freed_memory()
+    keep_freed_memory()
     record = devices.describe(device)
     path = RESULTS / f"{name_on('overhead', record)}.json"
     kept: dict[str, Any] = json.loads(path.read_text())["cases"] if path.exists() else {}
     bars = []
+    threads = torch.get_num_threads()
     for case in cases:
+        torch.set_num_threads(threads)
         found = compared(case, device, options.rounds or case.rounds)
         rows = rows_of(found)
         print("\n".join(map(line, rows)), flush=True)

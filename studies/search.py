@@ -48,7 +48,7 @@ from profiler.unmeasured import profile_unmeasured, target_of
 from profiler.workload import Workload
 from studies import execution
 from studies.placement import Flat
-from studies.runs import RESULTS, name_on, provenance, write
+from studies.runs import RESULTS, name_on, picked, picture, provenance, write
 from studies.wall import ENVIRONMENT
 from studies.workloads import classifier
 
@@ -354,9 +354,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args()
-    cases = [case for case in CASES.values() if options.only in case.name]
-    if not cases:
-        parser.error(f"--only {options.only} must be part of a case's name: {', '.join(CASES)}.")
+    cases = picked(parser, CASES.values(), lambda case: case.name, options.only)
     device = describe(torch.device("cpu"))
     name = name_on("search", device)
     path = RESULTS / f"{name}.json"
@@ -378,41 +376,30 @@ def main() -> int:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Samples per second in terms of ours, one panel a case; above each bar what the tool took to decide."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     cases = list(dict.fromkeys(row["case"] for row in rows))
     columns = min(2, len(cases))
     lines = -(-len(cases) // columns)
-    figure, grid = pyplot.subplots(
-        lines, columns, figsize=(6.5 * columns, 2.9 * lines), dpi=120, squeeze=False, sharex=True
-    )
-    for axes in grid.flat[len(cases) :]:
-        axes.set_visible(False)
-    for axes, case in zip(grid.flat, cases, strict=False):
-        of_case = [row for row in rows if row["case"] == case][::-1]
-        colours = {"ours": "#1f6feb", "ours-behind-the-wall": "#79a8f0", BRUTE_FORCE: "#6b7280"}
-        for place, row in enumerate(of_case):
-            colour = colours.get(row["tool"], "#d08c60")
-            axes.barh(place, row["relative"] or 0.0, color=colour, height=0.7)
-            events = row["out_of_memory_events"]
-            note = f"{row['decision_seconds']:.0f} s" + (f", {events} out of memory" if events else "")
-            if row["relative"] is None:
-                note = f"no plan after {note}"
-            axes.text((row["relative"] or 0.0) + 0.01, place, note, va="center", fontsize=7)
-        axes.axvline(1.0, color="#1f6feb", linewidth=0.8)
-        axes.set_yticks(range(len(of_case)), [label(row) for row in of_case], fontsize=7)
-        axes.set_xlim(0, 1.45)
-        budget = of_case[0]["budget_bytes"] / 2**20
-        axes.set_title(f"{case}, {budget:.0f} MiB", loc="left", fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in grid[-1]:
-        axes.set_xlabel("samples per second, in terms of ours", fontsize=8)
-    figure.set_layout_engine("constrained")
-    figure.savefig(path)
-    pyplot.close(figure)
+    with picture(path, lines, columns, figsize=(6.5 * columns, 2.9 * lines), sharex=True) as (_, grid):
+        for axes in grid.flat[len(cases) :]:
+            axes.set_visible(False)
+        for axes, case in zip(grid.flat, cases, strict=False):
+            of_case = [row for row in rows if row["case"] == case][::-1]
+            colours = {"ours": "#1f6feb", "ours-behind-the-wall": "#79a8f0", BRUTE_FORCE: "#6b7280"}
+            for place, row in enumerate(of_case):
+                colour = colours.get(row["tool"], "#d08c60")
+                axes.barh(place, row["relative"] or 0.0, color=colour, height=0.7)
+                events = row["out_of_memory_events"]
+                note = f"{row['decision_seconds']:.0f} s" + (f", {events} out of memory" if events else "")
+                if row["relative"] is None:
+                    note = f"no plan after {note}"
+                axes.text((row["relative"] or 0.0) + 0.01, place, note, va="center", fontsize=7)
+            axes.axvline(1.0, color="#1f6feb", linewidth=0.8)
+            axes.set_yticks(range(len(of_case)), [label(row) for row in of_case], fontsize=7)
+            axes.set_xlim(0, 1.45)
+            budget = of_case[0]["budget_bytes"] / 2**20
+            axes.set_title(f"{case}, {budget:.0f} MiB", loc="left", fontsize=9)
+        for axes in grid[-1]:
+            axes.set_xlabel("samples per second, in terms of ours", fontsize=8)
 
 
 if __name__ == "__main__":

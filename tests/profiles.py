@@ -98,7 +98,7 @@ def random_profile(seed: int, *, share_predicted: float = 1.0) -> Profile:
             )
         return StepTime(
             micro_batch_size=size, stages=tuple(stages), update_seconds=1, host_seconds=0.5,
-            step_seconds=100, steps_timed=4, spread=0.02,
+            step_seconds=100, steps_timed=4, spread=0.02, dispatch_seconds=None if seed % 2 else 1e-3,
         )  # fmt: skip
 
     def at(precision: Precision) -> PrecisionProfile:

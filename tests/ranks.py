@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from executor.launch import HandOver, as_rank
+from profiler.profile_record import Precision
 
 RANK = int(os.environ.get("RANK", "0"))
 STEPS = 20
@@ -87,6 +88,8 @@ def train(folder: Path, hand_over: HandOver) -> int:
     seen["learned"] = {stage: learned(stage) for stage in range(4)}
     seen["resumed"] = {stage: resumed(stage) for stage in range(4)}
     seen["refused"] = refused()
+    # DeepSpeed remembers in the rest of the process that it was told to cast, so these come last.
+    seen["learned"] |= {f"{stage} bf16": learned(stage, "bf16") for stage in range(4)}
     (folder / f"{RANK}.json").write_text(json.dumps(seen))
     hand_over(DOCUMENT)
     die_in_step(folder)
@@ -189,7 +192,7 @@ def misspelt(written: dict[str, Any]) -> str:
     return ""
 
 
-def learned(zero_stage: int) -> dict[str, Any]:
+def learned(zero_stage: int, precision: Precision = "fp32") -> dict[str, Any]:
     """Losses and gradient norms of two processes, and of one that has all their batches."""
     import torch
 
@@ -204,7 +207,7 @@ def learned(zero_stage: int) -> dict[str, Any]:
         model=alone,
         loss=loss,
         optimizer=build_optimizer("adamw", alone),
-        precision="fp32",
+        precision=precision,
         device_type="cpu",
     )
     # Out of one block, through the next, into a third: at stage 3 DeepSpeed has hooks around all of them.
@@ -212,7 +215,7 @@ def learned(zero_stage: int) -> dict[str, Any]:
     engine = engines.prepare(
         model,
         build_optimizer("adamw", model),
-        a_plan(zero_stage, checkpoint=segments),
+        a_plan(zero_stage, checkpoint=segments, precision=precision),
         loss,
     )
     before = engine.whole_weights()
@@ -373,7 +376,7 @@ def refused_plans() -> dict[str, str]:
 
     changes: dict[str, dict[str, Any]] = {
         "processes": {"world_size": 3, "global_batch_size": 18},
-        "precision": {"precision": "bf16"},
+        "precision": {"precision": "fp16"},
         "chunks": {"zero_stage": 3, "loss_chunks": 4},
         "adafactor": {"optimizer": "adafactor", "zero_stage": 1},
         "segment": {"zero_stage": 3, "checkpoint": (segment("elsewhere", "too"),)},

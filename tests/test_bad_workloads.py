@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import gc
 import os
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from planner import cli
+from profiler.device import is_out_of_memory
 from profiler.measure import profile
 from profiler.rehearsal import rehearse
 from profiler.workload import Workload
@@ -169,7 +175,7 @@ class TestModel:
             lambda x: x * x.max().item(),
             lambda x: x * torch.tensor(x.detach().numpy()),
             lambda x: x * x.tolist()[0][0],
-            lambda x: x[x > 0].mean() * x,
+            lambda x: x[x >= x.mean()].mean() * x,
         ],
         ids=["if", "item", "numpy", "tolist", "float mask"],
     )
@@ -239,3 +245,50 @@ def test_the_command_says_it_in_one_line_with_exit_code_2(tmp_path: Path) -> Non
     )  # The name came with a later torch.
     assert message.endswith(", in 1, at mine.py:5.")
     assert "Traceback" not in done.stderr
+
+
+def test_what_a_failed_call_had_allocated_goes_with_its_error() -> None:
+    """Without waiting for the garbage collector: a step that was refused memory is followed by one that needs it."""
+    allocated: list[weakref.ref[torch.Tensor]] = []
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        activations = model(batch)
+        allocated.append(weakref.ref(activations))
+        raise RuntimeError("can't allocate memory")
+
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(WorkloadError):
+            rehearse(workload(loss=loss), 2, ())
+        assert [reference() for reference in allocated] == [None]
+    finally:
+        gc.enable()
+
+
+def test_weights_that_the_device_refuses_are_named_with_the_ways_out() -> None:
+    class Refused(nn.Linear):
+        moved = 0
+
+        def to(self, *to: Any, **how: Any) -> Any:
+            self.moved += 1
+            if self.moved == 1:  # And then it is brought home.
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            return super().to(*to, **how)
+
+    with pytest.raises(
+        ValueError, match=r"weights must fit on the cpu device, and these of 1 MiB.*--fake"
+    ) as refused:
+        profile(workload(Refused(512, 512)), (2,), ("fp32",), "cpu")
+    assert is_out_of_memory(refused.value), "a trial whose weights do not fit is no crash"
+
+
+def test_a_command_that_runs_out_of_memory_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(arguments: argparse.Namespace) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(cli.devices, "run", refused)
+    assert cli.main(["devices"]) == 6
+    assert capsys.readouterr().err == "planner: CUDA out of memory. Tried to allocate 20.00 GiB.\n"

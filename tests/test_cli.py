@@ -241,6 +241,7 @@ def test_a_plan_that_holds_verifies(planner: Run, planned: Path, tmp_path: Path)
     )
     done = planner("verify", generous, "--steps", "2", "--json")
     assert done.returncode == 0, done.stderr
+    assert "CPUAllocator" not in done.stderr
     document = json.loads(done.stdout)
     measured = document.pop("measured")
     assert document == json.loads(generous.read_text())

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from planner.cli import main
+from profiler.device import cpu_name
 
 
 def test_the_catalogue_and_what_is_here_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,13 +25,15 @@ def test_as_json_it_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert document["here"]["cpu"]["memory_bytes"] > 2**28
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
-@pytest.mark.parametrize(("limited", "kept"), [(False, "True"), (True, "False")])
-def test_a_process_whose_memory_is_limited_keeps_no_freed_blocks(limited: bool, kept: str) -> None:
-    """The limit counts the holes between blocks that are kept."""
-    limit = "resource.setrlimit(resource.RLIMIT_DATA, (2**36, 2**36))" if limited else "pass"
-    code = (
-        f"import resource; {limit}; from profiler.device import keep_freed_memory; print(keep_freed_memory())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == kept
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("AMD EPYC", "AMD EPYC family 26 model 2"),
+        ("Intel(R) Xeon(R) CPU @ 2.20GHz", "Intel(R) Xeon(R) CPU @ 2.20GHz family 26 model 2"),
+        ("AMD EPYC 7763 64-Core Processor", "AMD EPYC 7763 64-Core Processor"),
+    ],
+)
+def test_processors_that_hide_which_they_are_are_told_apart(name: str, said: str) -> None:
+    one = f"processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: {name}\nstepping\t: 1\n"
+    assert cpu_name(one + "\n" + one.replace("26", "25")) == said
+    assert cpu_name(f"model name\t: {name}\n") == name

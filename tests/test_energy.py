@@ -335,7 +335,7 @@ def test_a_counter_is_used_from_the_profile_to_the_verification(draws_50_watts: 
     assert plan.prediction.step_joules is not None
     assert plan.prediction.error.step_joules is not None
     began = time.perf_counter()
-    found = executor.verify(plan, mlp(2), steps=1)
+    found = executor.verify(plan, mlp(2), steps=20)
     elapsed = time.perf_counter() - began
     assert found.measured.step_joules is not None
     assert elapsed > energy.WINDOW_SECONDS

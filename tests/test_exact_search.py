@@ -58,7 +58,8 @@ class Space:
         ]
 
     def precisions(self) -> list[PrecisionProfile]:
-        return [each for each in self.profile.precisions if self.world_size == 1 or each.precision == "fp32"]
+        found = self.profile.precisions
+        return [each for each in found if self.world_size == 1 or each.precision in ("fp32", "bf16")]
 
     def plans(self, *, deeper: bool) -> Iterator[Tried]:
         """Every micro-batch, precision, ZeRO stage, chunks or not, and placement; ``deeper``: nested ones as well."""

@@ -49,6 +49,7 @@ from studies.composition import (
     tracer_of,
 )
 from tests.models import ZOO
+from tests.oracle import walk
 from tests.profiles import every_nested_placement, every_placement, memories, worthwhile_stage_memories
 
 BATCH_SIZES = (1, 2, 3, 7, 16)
@@ -62,9 +63,11 @@ ones: the same few bytes whatever the model's size."""
 
 @functools.cache
 def traced(name: str) -> tuple[Workload, tuple[Stage, ...], MemoryTracer]:
+    """With the scratch memory of each size: which kernel a product of so few numbers gets, and so what it takes for
+    itself, jumps from size to size on some CPUs (in bf16, oneDNN's from 4,096 multiplications on)."""
     workload = ZOO[name]()
     stages = discover(workload)
-    return workload, stages, tracer_of(workload, stages, (1, 2, 16))
+    return workload, stages, tracer_of(workload, stages, BATCH_SIZES)
 
 
 @functools.cache
@@ -72,22 +75,34 @@ def curves(name: str, precision: Precision, at_one: bool = False) -> PrecisionMe
     return traced(name)[2].memory(precision, (1, 1) if at_one else (2, 16))
 
 
+@functools.cache
+def curves_at(name: str, precision: Precision, size: int) -> PrecisionMemory:
+    """Of one micro-batch size, with what kernels take at that size."""
+    return traced(name)[2].memory(precision, (size, size))
+
+
 def settings_of(name: str, batch_sizes: Sequence[int], count: int, seed: int) -> Iterator[Setting]:
     return random_settings(traced(name)[1], functools.partial(curves, name), batch_sizes, count, seed)
 
 
+def executed(name: str, setting: Setting) -> int:
+    workload, stages, _ = traced(name)
+    return executed_peak_bytes(workload, stages, setting)
+
+
+def predicted(name: str, setting: Setting) -> int:
+    return predicted_peak_bytes(curves_at(name, setting.precision, setting.micro_batch_size), setting)
+
+
 def test_every_plan_of_a_plain_mlp_is_predicted_within_a_few_numbers() -> None:
     for setting in settings_of("mlp", (2, 3, 7, 16), 16, seed=1):
-        predicted = predicted_peak_bytes(curves("mlp", setting.precision), setting)
-        assert -SLACK_BYTES <= executed("mlp", setting) - predicted <= LOSS_BYTES
+        assert -SLACK_BYTES <= executed("mlp", setting) - predicted("mlp", setting) <= LOSS_BYTES
 
 
 def test_every_plan_with_dropout_in_the_glue_is_predicted_within_a_few_numbers() -> None:
     for setting in settings_of("dropout_net", BATCH_SIZES, 12, seed=2):
-        predicted = predicted_peak_bytes(
-            curves("dropout_net", setting.precision, setting.micro_batch_size == 1), setting
-        )
-        assert -SLACK_BYTES <= executed("dropout_net", setting) - predicted <= SCALARS_BYTES
+        above = executed("dropout_net", setting) - predicted("dropout_net", setting)
+        assert -SLACK_BYTES <= above <= SCALARS_BYTES
 
 
 @pytest.mark.parametrize("name", ["gpt2", "cnn"])
@@ -99,8 +114,7 @@ def test_the_plain_plan_is_predicted_to_the_byte(
     setting = Setting(
         placed=PLAIN, micro_batch_size=micro_batch_size, gradient_accumulation_steps=2, precision=precision
     )
-    predicted = predicted_peak_bytes(curves(name, precision, micro_batch_size == 1), setting)
-    assert 0 <= executed(name, setting) - predicted <= SCALARS_BYTES
+    assert 0 <= executed(name, setting) - predicted(name, setting) <= SCALARS_BYTES
 
 
 SLACK_BYTES = 1536
@@ -114,27 +128,42 @@ which a replay may have let go of: too much, never too little, and visible only 
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_random_plans_are_never_predicted_below_what_a_real_step_needs_nor_far_above(name: str) -> None:
     for setting in settings_of(name, BATCH_SIZES, 8, seed=3):
-        predicted = predicted_peak_bytes(
-            curves(name, setting.precision, setting.micro_batch_size == 1), setting
+        said, real = predicted(name, setting), executed(name, setting)
+        assert said >= real * (1 - 0.005) - SLACK_BYTES, setting
+        above = 0.002 if setting.placed == PLAIN else LEFTOVERS
+        assert said <= real * (1 + above) + SLACK_BYTES, setting
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_walking_a_real_models_curves_peaks_where_its_real_steps_do(name: str) -> None:
+    """An mlp to the byte."""
+    for drawn in settings_of(name, (2, 3, 7), 3, seed=5):
+        setting = replace(drawn, precision="fp32")
+        walked = walk(
+            curves_at(name, "fp32", setting.micro_batch_size),
+            setting.placed,
+            micro_batch_size=setting.micro_batch_size,
+            micro_batches=setting.gradient_accumulation_steps,
         )
         real = executed(name, setting)
-        assert predicted >= real * (1 - 0.005) - SLACK_BYTES, setting
-        assert predicted <= real * (1 + (0.002 if setting.placed == PLAIN else LEFTOVERS)) + SLACK_BYTES, (
-            setting
-        )
+        if name == "mlp":
+            assert real - walked in (0, LOSS_BYTES), setting
+        assert real * 0.995 - SLACK_BYTES <= walked <= real * (1 + LEFTOVERS) + SLACK_BYTES, setting
 
 
-def executed(name: str, setting: Setting) -> int:
-    workload, stages, _ = traced(name)
-    return executed_peak_bytes(workload, stages, setting)
-
-
+@pytest.mark.parametrize("name", sorted(ZOO))
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("size", [2, 5])
-def test_curves_say_of_a_plain_step_what_reading_its_trace_says(precision: Precision, size: int) -> None:
-    setting = Setting(placed=PLAIN, micro_batch_size=size, gradient_accumulation_steps=2, precision=precision)
-    read = traced("gpt2")[2].plain_peak_bytes(precision, size)
-    assert read - predicted_peak_bytes(curves("gpt2", precision), setting) in (0, LOSS_BYTES)
+def test_curves_of_two_sizes_say_of_a_third_what_its_own_trace_says(name: str, precision: Precision) -> None:
+    """Of all but scratch memory: what tensors take is affine in the micro-batch where the operations are the same."""
+    workload, stages, _ = traced(name)
+    tracer = MemoryTracer(workload, stages, "adamw")
+    memory = tracer.memory(precision, (2, 16))
+    for size in (2, 5, 7):
+        setting = Setting(
+            placed=PLAIN, micro_batch_size=size, gradient_accumulation_steps=2, precision=precision
+        )
+        read = tracer.plain_peak_bytes(precision, size)
+        assert read - predicted_peak_bytes(memory, setting) in (0, LOSS_BYTES)
 
 
 def test_a_block_of_a_gpt2_keeps_what_autograd_saves_of_it() -> None:
@@ -185,7 +214,6 @@ def units_of(memory: PrecisionMemory, b: int, k: int, cost: np.ndarray | None = 
         memory,
         micro_batch_size=b,
         gradient_accumulation_steps=k,
-        resident_batches=k,
         keep_cost=np.zeros(length, dtype=np.int64),
         segment_cost=np.zeros((length, length + 1), dtype=np.int64) if cost is None else cost,
         recomputable=inner(length),
@@ -237,7 +265,8 @@ def test_units_need_and_hold_what_the_timeline_says(
     memory: PrecisionMemory, b: int, k: int, seed: int
 ) -> None:
     placed = one_level(memory, random.Random(seed))
-    assert peak_of_units(units_of(memory, b, k), placed) == peak_of_timeline(memory, placed, b, k)
+    peak = peak_of_units(units_of(memory, b, k), placed) + constant_bytes(memory, b, k)
+    assert peak == peak_of_timeline(memory, placed, b, k)
 
 
 @given(memories(), st.integers(1, 4), st.integers(1, 2), st.randoms(use_true_random=False))
@@ -252,7 +281,7 @@ def test_every_point_of_the_frontier_has_the_peak_of_its_own_timeline(
     for index, (peak, time) in enumerate(frontier.points):
         taken = [units.options[number] for number in frontier.options(index)]
         placed = Placed.of(frontier.segments(index), ((o.stage, o.way) for o in taken))
-        assert peak == peak_of_timeline(memory, placed, b, k)
+        assert peak + constant_bytes(memory, b, k) == peak_of_timeline(memory, placed, b, k)
         recomputed = sum(cost[start, stop] for start, stop in placed.segments)
         assert time == recomputed + sum(option.cost for option in taken)
 
@@ -265,7 +294,7 @@ def test_the_frontier_with_nested_segments_is_that_of_every_placement_by_its_tim
     """Of each stage that runs forward again the cost is 1, and of one that keeps its products its number and 1."""
     length = len(memory.stages)
     units = units_of(memory, b, k, np.triu(np.arange(length + 1) - np.arange(length)[:, None]))
-    nest = plan_nest(memory, units, micro_batch_size=b, gradient_accumulation_steps=k, resident_batches=k)
+    nest = plan_nest(memory, units, micro_batch_size=b, gradient_accumulation_steps=k)
     solution, constant = nested(nest), constant_bytes(memory, b, k)
     plans = sorted(
         (peak_of_timeline(memory, placed, b, k), cost_of(placed))
@@ -288,7 +317,7 @@ def test_the_solvers_loops_stay_within_their_tables(
     """Compiled, an index beyond a table reads whatever lies there; as the loops are written, it raises."""
     length = len(memory.stages)
     units = units_of(memory, b, k, np.triu(np.arange(length + 1) - np.arange(length)[:, None]))
-    nest = plan_nest(memory, units, micro_batch_size=b, gradient_accumulation_steps=k, resident_batches=k)
+    nest = plan_nest(memory, units, micro_batch_size=b, gradient_accumulation_steps=k)
     with pytest.MonkeyPatch.context() as patch:
         if in_steps:
             patch.setattr(nested_module, "MOST_SLOTS", 0)
@@ -311,7 +340,8 @@ def test_units_of_real_curves_agree_with_the_timeline(name: str, precision: Prec
     for _ in range(40):
         b, k = generator.choice(BATCH_SIZES), generator.choice((1, 2, 3))
         placed = one_level(memory, generator)
-        assert peak_of_units(units_of(memory, b, k), placed) == peak_of_timeline(memory, placed, b, k)
+        peak = peak_of_units(units_of(memory, b, k), placed) + constant_bytes(memory, b, k)
+        assert peak == peak_of_timeline(memory, placed, b, k)
 
 
 def one_stage_each(**changes: Curve | AffineBytes | bool) -> StageMemory:

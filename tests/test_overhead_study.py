@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from profiler import device as devices
+from profiler.freed_memory import keep_freed_memory
 from studies import loops
 from studies.overhead import (
     HANDS,
@@ -18,6 +19,7 @@ from studies.overhead import (
     Case,
     Comparison,
     Measured,
+    Steps,
     Stopwatch,
     Turns,
     compared,
@@ -27,6 +29,7 @@ from studies.overhead import (
     rows_of,
     small_mlp,
 )
+from studies.runs import picked
 from studies.turns import in_turns
 
 CPU = torch.device("cpu")
@@ -51,6 +54,14 @@ def comparison(**others: Measured) -> Comparison:
 
 def test_a_step_as_fast_as_the_hand_written_one_and_no_slower_than_the_frameworks_meets_all_bars() -> None:
     assert missed(comparison()) == []
+
+
+def test_a_bare_model_is_judged_by_its_losses_and_its_peak_alone() -> None:
+    slow = comparison(hand=measured(0.1, 0.1, 0.1), trainer=measured(0.1, 0.1, 0.1))
+    assert len(missed(slow)) > 1
+    assert missed(dataclasses.replace(slow, bare=True)) == []
+    other = measured(0.1, 0.1, 0.1, peak=7)
+    assert len(missed(dataclasses.replace(comparison(hand=other), bare=True))) == 1
 
 
 def test_the_time_of_ours_over_anothers_is_told_by_the_median_of_the_rounds() -> None:
@@ -168,7 +179,7 @@ def keeps_gradients(job: loops.Job) -> None:
 
 
 def test_our_loop_has_the_losses_and_the_peak_of_the_hand_written_one_and_a_wrong_loop_is_found_out() -> None:
-    devices.keep_freed_memory()
+    keep_freed_memory()
     others = BOTH_HANDS | {"wrong": without_clipping, "late": keeps_gradients}
     found = compared(CASE, CPU, 2, others).loops
     assert {name for name, loop in found.items() if loop.losses_equal} == {OURS, *HANDS, "late"}
@@ -185,3 +196,28 @@ def test_a_loop_that_takes_fewer_steps_than_it_is_asked_for_is_an_error() -> Non
     turns = Turns(CASE, CPU, {"idle": one_step})
     with pytest.raises(RuntimeError, match="idle took 1 optimizer steps where 3 were asked for"):
         turns.seconds("idle")
+
+
+def test_loops_that_take_turns_by_the_step_have_the_same_losses_and_a_wrong_one_is_found_out() -> None:
+    """Their models are made anew after three steps of the loop that is ahead, here in its second round."""
+    keep_freed_memory()
+    turns = Steps(CASE, CPU)
+    right, wrong = HANDS
+    turns._steppers[wrong] = lambda job: loops.hand_steps(
+        dataclasses.replace(job, loss=lambda model, batch: 1.001 * job.loss(model, batch))
+    )
+    for _ in range(4):
+        assert all(turns.seconds(name) > 0 for name in (OURS, right, OURS, wrong))
+    assert len(turns._earlier) > 1
+    assert [turns.losses_equal(name) for name in (OURS, right, wrong)] == [True, True, False]
+
+
+def test_a_name_that_no_case_has_is_refused_with_those_that_there_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cases = [CASE, dataclasses.replace(CASE, name="gpt2")]
+    parser = argparse.ArgumentParser()
+    assert picked(parser, cases, lambda case: case.name, "pt") == cases[1:]
+    with pytest.raises(SystemExit):
+        picked(parser, cases, lambda case: case.name, "bert")
+    assert "--only bert must be part of one of these names: mlp, gpt2." in capsys.readouterr().err

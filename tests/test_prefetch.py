@@ -8,13 +8,16 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 
 from executor.order import Epoch, OwnBatches, batches
-from executor.prefetch import Loader, loader
+from executor.prefetch import AHEAD, Loader, batches_ahead, loader
+from planner.plan import Plan
+from tests.plans import plan
 from tests.test_images import dataset
 
 
@@ -116,14 +119,18 @@ def test_what_can_never_be_drawn_is_refused_at_once() -> None:
 def test_waiting_is_measured_and_short_where_a_step_takes_longer_than_a_batch() -> None:
     waited = {}
     for ahead in (0, 2):
+        began = time.perf_counter()
         with Loader(taking(0.02), ahead=ahead) as found:
             next(found)
-            first_seconds = found.waiting_seconds
+            first_seconds, first_ended = found.waiting_seconds, time.perf_counter()
             for _ in range(10):
                 time.sleep(0.05)
                 next(found)
             waited[ahead] = found.waiting_seconds - first_seconds
-            assert first_seconds >= 0.02
+            assert 0 < first_seconds < first_ended - began
+            assert first_ended - began >= 0.02  # Ahead, the first one is begun before it is asked for.
+            if not ahead:
+                assert first_seconds >= 0.02
     assert waited[0] >= 10 * 0.02
     assert waited[2] < waited[0] / 2
 
@@ -152,3 +159,27 @@ def test_on_cuda_batches_lie_in_page_locked_memory() -> None:
         batch = next(found)
     assert batch["images"].is_pinned()
     assert batch["images"][2:4].is_pinned()
+
+
+@pytest.mark.parametrize(
+    ("room_bytes", "ahead"), [(-1, 0), (0, 0), (19, 0), (20, 1), (79, 3), (80, 4), (1000, AHEAD)]
+)
+def test_on_a_cpu_as_many_batches_are_ahead_as_the_budget_has_room_for(room_bytes: int, ahead: int) -> None:
+    """A peak of 600 bytes, stated 10% off, of which the step's own batch is 20."""
+    assert batches_ahead(planned(budget_bytes=660 + room_bytes)) == ahead
+
+
+def test_without_a_budget_and_on_a_gpu_all_batches_are_ahead() -> None:
+    assert batches_ahead(planned(budget_bytes=None)) == AHEAD
+    tight = planned(budget_bytes=661)
+    on_gpu = msgspec.structs.replace(tight, device=msgspec.structs.replace(tight.device, kind="cuda"))
+    assert (batches_ahead(tight), batches_ahead(on_gpu)) == (0, AHEAD)
+
+
+def planned(budget_bytes: int | None) -> Plan:
+    made = plan()
+    parts = msgspec.structs.replace(
+        made.prediction.parts, peak_memory_bytes={"parameters": 580, "inputs": 20}
+    )
+    prediction = msgspec.structs.replace(made.prediction, peak_memory_bytes=600, parts=parts)
+    return msgspec.structs.replace(made, prediction=prediction, memory_budget_bytes=budget_bytes)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from executor.recompute import Checkpoints, SegmentError, Stretch
 from planner.nested import Placed, Segments
 from profiler.chain import Call, discover
-from profiler.device import let_go_of_a_failed_backward
+from profiler.freed_memory import let_go_of_a_failed_backward
 from profiler.live import LiveStorages
 from profiler.profile_record import KEEPINGS, Keeping, Precision
 from profiler.step import Stepper, build_optimizer

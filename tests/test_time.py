@@ -15,6 +15,7 @@ from planner.time import (
     expected_error,
     segment_nanoseconds,
     segment_seconds,
+    selective_seconds,
     step_parts,
 )
 from profiler.profile_record import StageTime, StepTime
@@ -61,6 +62,19 @@ def test_recomputation_is_paid_in_every_micro_batch() -> None:
 def test_a_segment_stops_at_the_last_saved_tensor_of_its_last_stage() -> None:
     assert segment_seconds(TIMES, 0, 3) == 1 + 4 + 1
     assert segment_seconds(TIMES, 1, 2) == 3
+
+
+def test_where_the_device_waits_for_its_host_a_segment_costs_what_recording_and_replaying_takes() -> None:
+    """In dispatches of 1 us: 240 a segment and 100 a stage of it; 920 a stage that keeps something."""
+    times = replace(TIMES, dispatch_seconds=1e-6)
+    assert segment_seconds(times, 0, 3) == pytest.approx(1 + 4 + 1 + 540e-6)
+    assert segment_nanoseconds(times)[1, 2] == 3_000_340_000
+    kept = replace(times.stages[1], kept_seconds=2.0)
+    times = replace(times, stages=(times.stages[0], kept, times.stages[2]))
+    assert selective_seconds(times, 1) == pytest.approx(3 - 2 + 920e-6)
+    placed = Placed.of(((0, 1), (2, 3)), [(1, 0)])
+    assert step_parts(times, 2, placed)["recompute"] == pytest.approx(2 * (0.5 + 1 + 1 + 2 * 340e-6 + 920e-6))
+    assert step_parts(times, 2, PLAIN) == step_parts(TIMES, 2, PLAIN)
 
 
 @given(

@@ -69,6 +69,8 @@ def test_a_stage_that_naps_is_timed_as_napping_and_the_windows_make_up_the_step(
     assert all(stage.recompute_seconds <= stage.forward_seconds for stage in timing.wall.stages)
     assert timing.process_cpu is not None
     assert timing.process_cpu.step_seconds < timing.wall.step_seconds
+    assert timing.wall.dispatch_seconds is not None
+    assert 1e-7 < timing.wall.dispatch_seconds <= (timing.process_cpu.dispatch_seconds or 0.0) < 1e-3
 
 
 def test_a_recompute_ends_at_the_last_tensor_that_is_saved() -> None:

@@ -233,6 +233,15 @@ class TestTheStudy:
         run_trials(plans, TrialTerms(trials=6), url, run=third)
         assert third.ran == []
 
+    def test_the_last_of_the_trials_is_for_one_that_was_interrupted(self, plans: Space, url: str) -> None:
+        """The model's best is interrupted, and what one would do by hand waits before it."""
+        with pytest.raises(KeyboardInterrupt):
+            run_trials(plans, TrialTerms(trials=2), url, run=Machine(ends=lambda choice: "interrupted"))
+        second = Machine()
+        run_trials(plans, TrialTerms(trials=2), url, run=second)
+        assert len(second.ran) == 2
+        assert second.ran[0] != second.ran[1] == chosen(plans.plan())
+
     def test_an_exhausted_space_ends_the_study(self, recorded: Profile, url: str) -> None:
         tightest = min(planner.optimize(recorded, 8).front, key=lambda c: c.prediction.peak_memory_bytes)
         budget = int(1.01 * tightest.prediction.peak_memory_bytes)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,11 +21,13 @@ import planner
 import profiler
 from executor.evaluation import evaluate
 from executor.order import Epoch
+from executor.stream import Stream
 from executor.training import TrainingReport
 from planner.cli import main
 from planner.plan import Plan, Segment
 from profiler.step import Loss, Stepper
 from tests import datafiles
+from tests.test_run import Acting
 
 Refused = Callable[..., str]
 
@@ -105,6 +108,32 @@ def test_an_image_classifier_stops_at_its_accuracy_and_a_run_goes_on_to_it(
     assert short.reached.step is None
     again = trained("whole", 600, resume=True)
     assert again.reached == whole.reached
+
+
+def test_a_budget_with_room_for_one_batch_ahead_gets_one_and_is_told(
+    painter: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead: list[int] = []
+
+    class Noted(Stream):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            ahead.append(named["ahead"])
+            super().__init__(*given, **named)
+
+    monkeypatch.setattr("executor.run.Stream", Noted)
+    images = datafiles.write_cifar(tmp_path / "cifar", images=16)
+    found = painter.prediction
+    peak_bytes = found.peak_memory_bytes * (1 + found.error.peak_memory_bytes)
+    budget = int(peak_bytes + 1.5 * found.parts.peak_memory_bytes["inputs"])
+    said, losses = [], []
+    for plan in (painter, msgspec.structs.replace(painter, memory_budget_bytes=budget)):
+        heard = Acting()
+        losses.append(executor.train(plan, images, steps=3, progress=heard).final_loss)
+        said.append(heard.said)
+    assert ahead == [4, 1]
+    assert said[0] == []
+    assert said[1][0].startswith("batches prepared ahead: 1 instead of 4, as many as the memory budget of ")
+    assert losses[0] == losses[1]
 
 
 def test_a_model_is_as_it_was_after_it_was_evaluated(painter: Plan, tmp_path: Path) -> None:

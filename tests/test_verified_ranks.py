@@ -17,7 +17,7 @@ import executor
 import planner
 import profiler
 from planner.plan import Plan
-from profiler.profile_record import Link, Profile
+from profiler.profile_record import Link, Precision, Profile
 from profiler.workload_spec import WorkloadSpec
 from tests.workloads.wide import wide
 
@@ -32,13 +32,17 @@ def profile() -> Profile:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return profiler.profile(wide(), (8,), ("fp32",), "cpu", steps=2, spec=SPEC)
+        return profiler.profile(
+            wide(), (8,), ("fp32", "bf16"), "cpu", steps=2, spec=SPEC, all_precisions=True
+        )
     finally:
         torch.set_num_threads(threads)
 
 
-def plan_at(profile: Profile, zero_stage: int) -> Plan:
-    return planner.optimize(profile, 32, world_size=2, zero_stages=(zero_stage,), link=LINK)
+def plan_at(profile: Profile, zero_stage: int, precision: Precision = "fp32") -> Plan:
+    return planner.optimize(
+        profile, 32, world_size=2, precisions=(precision,), zero_stages=(zero_stage,), link=LINK
+    )
 
 
 def verified(plan: Plan, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -56,16 +60,17 @@ def verified(plan: Plan, folder: Path, *flags: str) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])  # tests/test_zero.py has them all.
+@pytest.mark.parametrize(("zero_stage", "precision"), [(1, "bf16"), (3, "fp32")])
 def test_the_process_that_needs_most_needs_what_was_predicted(
-    profile: Profile, zero_stage: int, tmp_path: Path
+    profile: Profile, zero_stage: int, precision: Precision, tmp_path: Path
 ) -> None:
-    plan = plan_at(profile, zero_stage)
+    """tests/test_zero.py has every stage in fp32."""
+    plan = plan_at(profile, zero_stage, precision)
     done = verified(plan, tmp_path, "--json")
     found: dict[str, Any] = json.loads(done.stdout)
     measured = found["measured"]
     assert found["world_size"] == 2
-    assert found["zero_stage"] == zero_stage
+    assert (found["zero_stage"], found["precision"]) == (zero_stage, precision)
     assert abs(measured["relative_error"]["peak_memory_bytes"]) < plan.prediction.error.peak_memory_bytes
     assert measured["within"]["peak_memory_bytes"]
     assert measured["step_seconds"] > 0

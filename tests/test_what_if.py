@@ -75,7 +75,7 @@ def directly(profile: Profile, searched: Space, what_if: WhatIf) -> Choice:
         case "loss_chunks":
             profile = unchunked(profile)
         case "devices":
-            precisions, zero_stages = ["fp32"], list(EVERY)
+            zero_stages = list(EVERY)
         case "zero_stage":
             zero_stages.append(int(what_if.change.split()[2]))
         case _:
@@ -216,18 +216,14 @@ def test_recomputation_and_the_loss_in_chunks_are_forbidden_where_the_plan_has_t
 def test_more_devices_are_the_next_that_divide_the_batch_and_have_a_link(gpt2: Profile) -> None:
     profile = linked(3)
     found = asked(profile)[2]["2 devices"]
-    assert found.choice == chosen(
-        optimize(profile, BATCH, world_size=2, precisions=("fp32",), zero_stages=EVERY)
-    )
+    assert found.choice == chosen(optimize(profile, BATCH, world_size=2, zero_stages=EVERY))
     unlinked = msgspec.structs.replace(profile, link=None)
     assert asked(unlinked)[2]["2 devices"].reason == "their link is not known: planner profile --world-size 2"
     known = catalogue.devices()[0]
     device = msgspec.structs.replace(profile.device, name=known.title, kind="cuda")
     catalogued = msgspec.structs.replace(unlinked, device=device)
     found = asked(catalogued)[2]["2 devices"]
-    assert found.choice == chosen(
-        optimize(catalogued, BATCH, world_size=2, precisions=("fp32",), zero_stages=EVERY)
-    )
+    assert found.choice == chosen(optimize(catalogued, BATCH, world_size=2, zero_stages=EVERY))
     assert asked(profile, world_size=2)[2]["4 devices"].reason is not None
     assert asked(gpt2)[2]["2 devices"].reason == (
         "the profile does not hold the model's parameters: profile again"
@@ -245,7 +241,14 @@ def test_each_stage_of_zero_that_was_not_asked_for_is_allowed() -> None:
     for stage in (0, 2, 3):
         direct = optimize(profile, BATCH, world_size=2, zero_stages=(1, stage))
         assert found[f"ZeRO stage {stage} as well"].choice == chosen(direct)
-    assert found["bf16 as well"].reason == "several processes run in fp32 only"
+    assert found["fp16 as well"].reason == "several processes run in fp32 or bf16 only"
+
+
+def test_several_processes_are_offered_the_other_precision_that_they_run_in() -> None:
+    profile = linked(5)
+    _, _, found = asked(profile, world_size=2, precisions=("fp32",))
+    direct = optimize(profile, BATCH, world_size=2, precisions=("fp32", "bf16"))
+    assert found["bf16 as well"].choice == chosen(direct)
 
 
 def test_a_plan_with_the_largest_micro_batch_says_how_to_look_further(gpt2: Profile) -> None:

@@ -13,6 +13,7 @@ from planner.communication import Distribution, catalogue_link, step_seconds
 from planner.cost import ZERO_ERROR, predict
 from planner.memory import peak_window, timeline
 from planner.nested import PLAIN
+from planner.placement import Frontier, Units, pareto
 from planner.plan import NoFeasiblePlan, Weights
 from planner.search import optimize
 from planner.zero import ZERO_STAGES, model_state_bytes, sharded
@@ -166,7 +167,10 @@ def test_without_a_rank_it_is_the_process_that_needs_most(zero_stage: int, k: in
         ({"zero_stage": 4}, "zero_stage must be 0, 1, 2 or 3, got 4"),
         ({"world_size": 0}, "world_size must be at least 1, got 0"),
         ({"rank": 2}, "rank must be from 0 to 1, got 2"),
-        ({"precision": "bf16"}, "precision must be fp32 with several processes, got bf16.*Use --precision"),
+        (
+            {"precision": "fp16"},
+            "precision must be fp32 or bf16 with several processes, got fp16.*Use --precision",
+        ),
         ({"parameters": ()}, "must hold the model's parameters.*Profile again"),
     ],
 )
@@ -246,20 +250,18 @@ def linked(seed: int) -> Profile:
 @pytest.mark.parametrize("seed", range(8))
 def test_the_search_over_zero_stages_finds_what_brute_force_finds(seed: int) -> None:
     profile = linked(seed)
-    fp32 = profile.at("fp32")
-    assert fp32 is not None
     predictions = [
         (
             zero_stage,
             predict(
-                profile, fp32, micro_batch_size=b, gradient_accumulation_steps=GLOBAL_BATCH // (2 * b),
+                profile, measured, micro_batch_size=b, gradient_accumulation_steps=GLOBAL_BATCH // (2 * b),
                 placed=placed, distribution=Distribution(world_size=2, zero_stage=zero_stage, link=LINK),
             ),
         )
-        for zero_stage, b in itertools.product(ZERO_STAGES, (1, 2, 4))
+        for measured, zero_stage, b in itertools.product(profile.precisions, ZERO_STAGES, (1, 2, 4))
         for placed in every_placement(
             [s.recomputable and zero_stage < 3 for s in profile.stages],
-            selectable(fp32.memory_at(b)),
+            selectable(measured.memory_at(b)),
         )
     ]  # fmt: skip
     plan = optimize(
@@ -296,7 +298,6 @@ def test_the_search_over_zero_stages_finds_what_brute_force_finds(seed: int) -> 
         ({}, {"world_size": 0}, "world_size must be at least 1, got 0"),
         ({}, {"world_size": 1, "zero_stages": (1, 2)}, "got 1, 2: there is nothing to shard"),
         ({}, {"world_size": 2, "zero_stages": (4,)}, "must be of 0, 1, 2 and 3, got 4"),
-        ({}, {"world_size": 2, "precisions": ("bf16",)}, "must be fp32 with several processes, got bf16"),
         ({}, {"world_size": 2, "global_batch_size": 7}, "a multiple of 2 times a micro-batch size between"),
     ],
 )
@@ -355,3 +356,24 @@ def test_a_sharded_plan_updates_its_share_and_shows_its_copy_of_it() -> None:
     assert plan.prediction.parts.step_seconds["optimizer"] == 0.5
     assert plan.prediction.parts.peak_memory_bytes["parameter_copies"] == 14 * 4
     assert plan.baselines.plain.prediction.parts.step_seconds["optimizer"] == 1
+
+
+def test_stages_of_zero_that_share_out_only_what_is_constant_are_searched_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stage 1 deals out the optimizer's states, stage 2 gradients as well, which changes what segments need."""
+    searched: list[Units] = []
+
+    def counted(units: Units) -> Frontier:
+        searched.append(units)
+        return pareto(units)
+
+    monkeypatch.setattr("planner.search.pareto", counted)
+    counts = []
+    for zero_stages in ((0,), (0, 1), (0, 1, 2)):
+        searched.clear()
+        optimize(linked(3), GLOBAL_BATCH, world_size=2, zero_stages=zero_stages)
+        counts.append(len(searched))
+    assert counts[0] == counts[1] > 0
+    assert counts[2] == 2 * counts[0]
+    assert not any(one.same_as(other) for one, other in itertools.combinations(searched, 2))

@@ -10,7 +10,7 @@ ended:
     3    no plan fits the memory budget
     4    the profile or plan is for something else: another device or model, a precision not profiled
     5    verification failed
-    6    training failed: it diverged, or ran out of memory with no plan left that needs less
+    6    out of memory, in training with no plan left that needs less; or training diverged
     130  interrupted; 143 where it was asked to end (SIGTERM)
 
 Our own refusals are ValueErrors, and a bug may end in a ValueError too. What tells them apart is where it
@@ -110,7 +110,14 @@ def _outcome(error: Exception) -> int | None:
         mismatches += (PlanDoesNotFit,)
     if isinstance(error, mismatches):
         return 4
-    return 2 if isinstance(error, ValueError | TypeError) and _is_refusal(error) else None
+    if isinstance(error, ValueError | TypeError) and _is_refusal(error):
+        return 2
+    if "torch" in sys.modules:
+        from profiler.device import is_out_of_memory
+
+        if is_out_of_memory(error):
+            return 6
+    return None
 
 
 def _is_refusal(error: Exception) -> bool:

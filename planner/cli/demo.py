@@ -20,8 +20,9 @@ from planner.cli.picture import MemoryCourse, draw_memory
 
 FOLDER = Path("demo")
 MODEL = "gpt2"
-BUDGET = "2600MiB"
-BUDGET_BYTES = 2600 * 2**20
+SEQUENCE_LENGTH = 192
+BUDGET = "2400MiB"
+BUDGET_BYTES = 2400 * 2**20
 
 
 def main() -> int:
@@ -31,7 +32,9 @@ def main() -> int:
     os.environ.setdefault("PLANNER_HOME", str(FOLDER.resolve() / "home"))
     profile, plan, page = (FOLDER / f"gpt2.{name}" for name in ("profile.json", "plan.json", "report.html"))
     try:
-        _planner("profile", MODEL, "--seq-len", "256", "--batch", "2", "--steps", "2", "-o", str(profile))
+        _planner(
+            "profile", MODEL, "--seq-len", str(SEQUENCE_LENGTH), "--batch", "2", "--steps", "2", "-o", str(profile),
+        )  # fmt: skip
         _planner(
             "optimize", str(profile), "--global-batch-size", "4", "--memory-budget", BUDGET,
             "--trials", "1", "--trial-steps", "2", "-o", str(plan),
@@ -47,7 +50,7 @@ def main() -> int:
         _course("plain baseline, measured", plain),
         _course("plan, measured", best),
         BUDGET_BYTES,
-        f"GPT-2 small, sequence 256, global batch 4, {best['device']['name']}",
+        f"GPT-2 small, sequence {SEQUENCE_LENGTH}, global batch 4, {best['device']['name']}",
         picture,
     )
     table = _table(plain, best)

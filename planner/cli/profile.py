@@ -24,6 +24,9 @@ FALLBACK_BATCHES = (1, 2, 4)
 NOISE_STEPS = 8
 """Probing steps of ``--noise-scale``: with 8, its 95% interval is wide (Student's t of 7 is 2.4) but not useless."""
 
+MUCH_OTHER_WORK = 0.1
+"""Of the processors, while a profile was made: then its page says so."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODELS)
@@ -149,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
 def show(profile: Profile, path: Path) -> None:
     """What was found, in one page."""
     from planner.cli.output import console, facts, heading, of_bytes, of_count, of_seconds, of_source, table
-    from planner.cost import UNCHECKED_MEMORY_ERROR, checked_peak_bytes, plain_peak_bytes
+    from planner.cost import checked_peak_bytes, memory_error, plain_peak_bytes
     from planner.explain import stage_groups
 
     out = console()
@@ -187,9 +190,16 @@ def show(profile: Profile, path: Path) -> None:
         times = [f"{of_seconds(t.step_seconds)} ± {t.spread:.1%}" for t in measured.wall]
         steps.add_row(measured.precision, *times, *["no memory"] * (len(columns) - len(times)))
     out.print(steps)
+    for measured in profile.precisions:
+        away = [str(size) for size in measured.micro_batch_sizes if size not in measured.plain_sizes]
+        if away:
+            out.print(
+                f"{measured.precision}: a plain step of micro-batch {away[0]} was refused memory; "
+                f"{' and '.join(away)} ran with what a step saves kept elsewhere, at the same speed."
+            )
     for refused in profile.too_large:
         out.print(
-            f"{refused.precision}: a plain step of micro-batch {refused.micro_batch_size} was refused memory; "
+            f"{refused.precision}: micro-batch {refused.micro_batch_size} was refused memory, however little was kept; "
             "nothing that large was timed, and no plan takes it."
         )
     for left_out in profile.hopeless:
@@ -201,14 +211,17 @@ def show(profile: Profile, path: Path) -> None:
     took = f"{of_seconds(profile.cost.seconds)}, {profile.cost.micro_batches_run} micro-batches run"
     composed = checked_peak_bytes(profile)
     if check is None or composed is None:
-        peak = plain_peak_bytes(profile, "fp32", profile.micro_batch_sizes[len(columns) // 2], 2)
-        checked = f"nothing was run, so peaks are stated ± {UNCHECKED_MEMORY_ERROR:.0%}"
+        sizes = profile.precisions[0].micro_batch_sizes
+        peak = plain_peak_bytes(profile, "fp32", sizes[len(sizes) // 2], 2)
+        why = "nothing was run" if profile.time_source == "roofline" else "no plain step fits"
+        checked = f"{why}, so peaks are stated ± {memory_error(profile):.0%}"
     else:
         peak = check.measured_bytes
         off = abs(composed / peak - 1)
         checked = f"predicted {of_bytes(composed)}, a real step needed {of_bytes(peak)}: off by {off:.2%}"
-    # What a plain step needs and a tenth more: some plan fits, and it has to try.
-    budget = math.ceil(1.1 * peak / 2**20)
+    # What a plain step needs and a tenth more; if none fits, two thirds: some plan fits, and it has to try.
+    of_peak = 1.1 if profile.precisions[0].plain_sizes else 2 / 3
+    budget = math.ceil(of_peak * peak / 2**20)
     out.print(
         facts(
             [
@@ -216,6 +229,7 @@ def show(profile: Profile, path: Path) -> None:
                 ("energy", _energy_text(profile)),
                 *_noise_rows(profile),
                 ("took", took),
+                *_other_work_rows(profile),
                 ("written to", str(path)),
                 (
                     "next",
@@ -240,6 +254,16 @@ def _energy_text(profile: Profile) -> str:
         f"{watts}; optimizer {first.optimizer_watts:.0f} W, waiting {first.host_watts:.0f} W "
         f"({profile.energy.source}, ± {profile.energy.error or 0:.1%})"
     )
+
+
+def _other_work_rows(profile: Profile) -> list[tuple[str, str]]:
+    """A warning where what was timed is longer than it would be alone."""
+    share = profile.cost.other_work_share
+    if share is None or share < MUCH_OTHER_WORK:
+        return []
+    return [
+        ("meanwhile", f"other work took {share:.0%} of the processors: times on the wall clock are too long")
+    ]
 
 
 def _noise_rows(profile: Profile) -> list[tuple[str, str]]:

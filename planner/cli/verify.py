@@ -1,13 +1,15 @@
 """Run a plan briefly and hold its prediction against what is measured.
 
-Exit code 5 says that a measurement lies outside of the error that the plan states. What was off is kept with the
-device, and decides on the error that later plans state. A plan for several processes is run in as many.
+Exit code 5 says that a measurement lies outside of the error that the plan states, or that memory ran out. What was off
+is kept with the device, and decides on the error that later plans state. A plan for several processes is run in as
+many.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -35,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    # Of blocks freed under the meter and allocated before it, torch would log that it does not know them.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from planner.plan import load_plan
 
     plan = load_plan(args.plan)
@@ -49,8 +53,13 @@ def run(args: argparse.Namespace) -> int:
     with ranks.speaking() as tell:
         tell("loading torch")
         import executor
+        from executor.errors import OutOfMemory
 
-        found = executor.verify(plan, steps=args.steps, progress=tell)
+        try:
+            found = executor.verify(plan, steps=args.steps, progress=tell)
+        except OutOfMemory as error:
+            print(f"planner: {error}", file=sys.stderr)
+            return FAILED
     calibration.learn(plan.device, found.residual)
     return _said(args, plan, found)
 

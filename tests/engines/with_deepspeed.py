@@ -52,6 +52,11 @@ def parsed(configuration: dict[str, Any]) -> dict[str, Any]:
             if name in configuration["zero_optimization"]
         },
         "bf16": {"enabled": found.bfloat16_config.enabled},
+        "torch_autocast": {
+            "enabled": found.torch_autocast_enabled,
+            "dtype": str(found.torch_autocast_dtype).removeprefix("torch."),
+            "lower_precision_safe_modules": found.torch_autocast_lower_precision_safe_modules,
+        },
         "fp16": {
             name: getattr(found.float16_config, name)
             for name in ("enabled", "loss_scale", "initial_scale_power")
