@@ -39,9 +39,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils._python_dispatch import _disable_current_modes, _len_torch_dispatch_stack
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from profiler.chain import Call
 from profiler.chunked import ChunkedLoss
@@ -282,9 +282,11 @@ class _Thing:
 
 @dataclass(slots=True)
 class _Recorded:
+    """A call; ``leaves`` with ``form`` are its arguments and keyword arguments, as pytrees have them."""
+
     function: Callable[..., Any]
-    args: Any
-    kwargs: Any
+    leaves: list[Any]
+    form: TreeSpec
     grad_enabled: bool
     outputs: list[int | None] = field(default_factory=list)
     done_with: list[int] = field(default_factory=list)
@@ -339,19 +341,24 @@ class _Region:
 class _Kept:
     """What one operation made, apart from autograd's graph, and the versions that its tensors had."""
 
-    outputs: Any
+    outputs: torch.Tensor | tuple[Any, ...]
     versions: tuple[int, ...]
 
     @classmethod
     def of(cls, outputs: Any) -> _Kept:
         # With this key the copy counts what is written into the original, as one made above autograd would.
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
-            outputs = tree_map_only(torch.Tensor, torch.Tensor.detach, outputs)
+            if isinstance(outputs, torch.Tensor):
+                outputs = outputs.detach()
+            else:
+                outputs = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in outputs)
         return cls(outputs, _versions(outputs))
 
 
-def _versions(outputs: Any) -> tuple[int, ...]:
-    return tuple(leaf._version for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor))
+def _versions(outputs: torch.Tensor | tuple[Any, ...]) -> tuple[int, ...]:
+    """How often the tensors were written that a product (one) or attention (several, and numbers) made."""
+    together = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    return tuple(x._version for x in together if isinstance(x, torch.Tensor))
 
 
 class _Keep(QuickMode):
@@ -414,6 +421,7 @@ class _Recorder(TorchFunctionMode):
         self._holders: list[weakref.ref[_Holder]] = []
         self._inside: nn.Module | None = None
         self._pending: _Recorded | None = None
+        self._is_aside = False
         self._inputs: list[tuple[torch.Tensor, int]] = []
         self._input_ids: set[int] = set()
 
@@ -454,6 +462,7 @@ class _Recorder(TorchFunctionMode):
         self._owner.counts[self._owner.index(region.stretch)][0] += 1
 
     def stop(self) -> None:
+        self._step_back()
         self._contexts.close()
         del self._contexts
         del self._kept[self._kept_needed :]
@@ -469,7 +478,7 @@ class _Recorder(TorchFunctionMode):
         self._pending = self._inside = None
         last_use: dict[int, int] = {}
         for position, call in enumerate(self._calls):
-            for leaf in tree_leaves((call.args, call.kwargs)):
+            for leaf in call.leaves:
                 if isinstance(leaf, _Slot):
                     last_use[leaf.index] = position
             for index in call.outputs:
@@ -494,17 +503,26 @@ class _Recorder(TorchFunctionMode):
         self._pending = self._begin(module, args, kwargs)
         self._inside = module
         self.depth = 1
+        if _get_current_function_mode() is self:
+            self.__exit__(None, None, None)
+            self._is_aside = True
 
     def module_ended(self, module: nn.Module, output: Any) -> None:
         if self._inside is module and self._pending is not None:
+            self._step_back()
             self.depth = 0
             self._finish(self._pending, output)
             self._inside = self._pending = None
 
+    def _step_back(self) -> None:
+        """What a whole module calls is not recorded, so the mode is not in its way."""
+        if self._is_aside:
+            self._is_aside = False
+            self.__enter__()
+
     def _begin(self, function: Callable[..., Any], args: Any, kwargs: Any) -> _Recorded:
-        return _Recorded(
-            function, tree_map(self._refer, args), tree_map(self._refer, kwargs), torch.is_grad_enabled()
-        )
+        leaves, form = tree_flatten((args, kwargs))
+        return _Recorded(function, list(map(self._refer, leaves)), form, torch.is_grad_enabled())
 
     def _finish(self, recorded: _Recorded, output: Any) -> None:
         for leaf in tree_leaves(output):
@@ -644,7 +662,7 @@ class _Recorder(TorchFunctionMode):
 def _used(calls: list[_Recorded]) -> Iterator[int]:
     """The slots that calls read."""
     for call in calls:
-        for leaf in tree_leaves((call.args, call.kwargs)):
+        for leaf in call.leaves:
             if isinstance(leaf, _Slot):
                 yield leaf.index
 
@@ -655,7 +673,7 @@ def _run(call: _Recorded, slots: dict[int, Any], things: dict[int, Any]) -> None
             return things[leaf.index]
         return slots[leaf.index] if isinstance(leaf, _Slot) else leaf
 
-    args, kwargs = tree_map(fetch, call.args), tree_map(fetch, call.kwargs)
+    args, kwargs = tree_unflatten(map(fetch, call.leaves), call.form)
     with torch.set_grad_enabled(call.grad_enabled):
         output = call.function(*args, **kwargs)
     del args, kwargs
@@ -737,6 +755,11 @@ def _sequence_number(tensor: torch.Tensor) -> int:
     return -1 if node is None else node._sequence_nr()
 
 
+def _below_modes() -> contextlib.AbstractContextManager[object]:
+    """Where no mode sees what is done: asking for them takes a tenth of switching none of them off."""
+    return _disable_current_modes() if _len_torch_dispatch_stack() else contextlib.nullcontext()
+
+
 @dataclass(frozen=True, slots=True)
 class _RandomState:
     """The random state of the CPU and of every CUDA device that was used."""
@@ -746,7 +769,7 @@ class _RandomState:
 
     @classmethod
     def capture(cls) -> _RandomState:
-        with _disable_current_modes():
+        with _below_modes():
             devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
             return cls(torch.get_rng_state(), tuple((i, torch.cuda.get_rng_state(i)) for i in devices))
 
@@ -760,7 +783,7 @@ class _RandomState:
             now._set()
 
     def _set(self) -> None:
-        with _disable_current_modes():
+        with _below_modes():
             torch.set_rng_state(self.cpu)
             for index, state in self.cuda:
                 torch.cuda.set_rng_state(state, index)

@@ -740,13 +740,13 @@ def blocks(profile: Profile) -> list[tuple[int, int]]:
     allowed = [i for i, stage in enumerate(profile.stages) if stage.recomputable]
     groups = (
         list(group)
-        for _, group in groupby(allowed, key=lambda i: _block_name(profile.stages[i].name) or str(i))
+        for _, group in groupby(allowed, key=lambda i: block_name(profile.stages[i].name) or str(i))
     )
     return [(group[0], group[-1] + 1) for group in groups]
 
 
-def _block_name(stage: str) -> str | None:
-    """The longest leading part of a module's name that ends in a number."""
+def block_name(stage: str) -> str | None:
+    """The module that a stage's block is: the longest leading part of a module's name that ends in a number."""
     found = re.match(r"(?:[^.]+\.)*[^.]*\d(?=\.|$|#|@)", stage)
     return found.group(0) if found else None
 

@@ -3,12 +3,15 @@
 A segment's operations are written down in the forward pass and called again in the backward pass, and a selective one
 watches each of them; that is Python, and on a CPU the device waits for it. Steps of one micro-batch take turns:
 
-    plain │ each stage a segment │ four stages a segment │ each stage selective │ plain │ ...
+    plain │ each stage a segment │ four stages a segment │ each block a segment │ each stage selective │ plain │ ...
             extra time - what the operations take that run again (planner/time.py) = what the host took
 
 in units of ``StepTime.dispatch_seconds``, how long this host takes to lead one operation through a mode written in
 Python. ``planner.time`` states as SEGMENT_DISPATCHES, STAGE_DISPATCHES and SELECTIVE_DISPATCHES what makes the mean
 error over all models and precisions the least; it is shown how far both passes are off with them, and without.
+
+Beside them the same blocks take turns as one would recompute them by hand, each block's forward pass wrapped in
+``torch.utils.checkpoint.checkpoint(..., use_reentrant=False)``.
 
     python -m studies.replay                # about ten minutes on 2 cores
     python -m studies.replay --only llama
@@ -30,12 +33,14 @@ from typing import Any
 
 import msgspec
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from executor.engine import apply_checkpoints
 from planner import optimize
 from planner.cost import instead, name_segments, predict
 from planner.nested import PLAIN, Placed
 from planner.plan import Choice, Plan
+from planner.search import block_name, blocks
 from planner.time import (
     SEGMENT_DISPATCHES,
     SELECTIVE_DISPATCHES,
@@ -52,6 +57,8 @@ from studies.accuracy import selectable
 from studies.runs import RESULTS, name_on, picked, provenance, run, write
 
 CPU = torch.device("cpu")
+
+BY_HAND = "by hand"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +91,7 @@ class Row:
     operations_seconds: float
     predicted_seconds: float
     dispatch_seconds: float
+    by_hand_seconds: float | None
 
     @property
     def host_dispatches(self) -> float:
@@ -109,11 +117,25 @@ def placements(profile: Profile, measured: PrecisionProfile) -> Iterator[tuple[s
     yield "single", Placed.of(tuple((i, i + 1) for i in range(first, end) if allowed[i]), [])
     if all(allowed[first:end]):
         yield "fours", Placed.of(tuple((i, min(i + 4, end)) for i in range(first, end, 4)), [])
+    yield "blocks", Placed.of(tuple(named_blocks(profile).values()), [])
     ways = selectable(measured.memory_at(profile.micro_batch_sizes[0]))
     for number, how in enumerate(KEEPINGS):
         able = [i for i in range(first, end) if allowed[i] and how in ways[i]]
         if able:
             yield how, Placed.of((), [(i, number) for i in able])
+
+
+def named_blocks(profile: Profile) -> dict[str, tuple[int, int]]:
+    """The modules that are blocks, with their stages."""
+    names = ((block_name(profile.stages[start].name), (start, stop)) for start, stop in blocks(profile))
+    return {name: span for name, span in names if name is not None}
+
+
+def recompute_by_hand(model: torch.nn.Module, names: Iterable[str]) -> None:
+    """Wrap the modules of these names as torch's documentation has it."""
+    for name in names:
+        module = model.get_submodule(name)
+        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def timed(profile: Profile, measured: PrecisionProfile, rounds: int) -> Iterator[Row]:
@@ -126,6 +148,8 @@ def timed(profile: Profile, measured: PrecisionProfile, rounds: int) -> Iterator
     for name, model in models.items():
         if placed[name] != PLAIN:
             apply_checkpoints(model, _plan(profile, measured, placed[name]))
+    models[BY_HAND] = copy.deepcopy(workload.model)
+    recompute_by_hand(models[BY_HAND], named_blocks(profile))
     autocast = stepper_for(workload, "sgd", measured.precision, CPU).autocast
     batch = workload.batch(size)
 
@@ -157,6 +181,7 @@ def timed(profile: Profile, measured: PrecisionProfile, rounds: int) -> Iterator
             operations_seconds=speed * step_parts(without, 1, placed[name])["recompute"],
             predicted_seconds=found["plain"] + speed * step_parts(times, 1, placed[name])["recompute"],
             dispatch_seconds=speed * times.dispatch_seconds,
+            by_hand_seconds=found[BY_HAND] if name == "blocks" else None,
         )
 
 
@@ -213,6 +238,11 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         "largest_error": max(abs(row.off) for row in rows),
         "mean_error_without_the_host": _mean(row.off_with(0) for row in rows),
         "largest_error_without_the_host": max(abs(row.off_with(0)) for row in rows),
+        "blocks against torch.utils.checkpoint": {
+            f"{row.model} {row.precision}": row.seconds / row.by_hand_seconds
+            for row in rows
+            if row.by_hand_seconds is not None
+        },
     }
 
 
@@ -238,7 +268,12 @@ def main() -> None:
                     f"{row.model:18} {row.precision} {row.placed:16} {row.stages:3} stages: plain "
                     f"{1e3 * row.plain_seconds:6.1f} ms, {1e3 * row.seconds:6.1f} ms, predicted {row.off:+6.1%}, "
                     f"without the host {row.off_with(0):+6.1%}; it took {row.host_dispatches / row.stages:5.0f} "
-                    "dispatches a stage",
+                    "dispatches a stage"
+                    + (
+                        ""
+                        if row.by_hand_seconds is None
+                        else f"; of torch's {row.seconds / row.by_hand_seconds:.3f}"
+                    ),
                     flush=True,
                 )
     summary = summarise(rows)
