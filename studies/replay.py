@@ -251,7 +251,7 @@ def main() -> None:
         description="What recomputing costs beside the operations that run again."
     )
     parser.add_argument("--only", default="", help="models whose name contains this")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=16)
     options = parser.parse_args()
     keep_freed_memory()
     rows: list[Row] = []
