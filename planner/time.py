@@ -23,7 +23,7 @@ RECOMPUTE_ERROR = 0.05
 """Stage times predict a checkpointed step within 1-5% (six models); studies/accuracy repeats it."""
 
 
-SEGMENT_DISPATCHES, STAGE_DISPATCHES, SELECTIVE_DISPATCHES = 120, 120, 700
+SEGMENT_DISPATCHES, STAGE_DISPATCHES, SELECTIVE_DISPATCHES = 180, 140, 840
 """What the host does to record and replay a segment, for each of its stages, and for a stage that runs again but for
 what it keeps; in ``StepTime.dispatch_seconds``. With these the mean error over four models in two precisions is the
 least: ``python -m studies.replay``."""

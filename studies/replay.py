@@ -11,10 +11,13 @@ Python. ``planner.time`` states as SEGMENT_DISPATCHES, STAGE_DISPATCHES and SELE
 error over all models and precisions the least; it is shown how far both passes are off with them, and without.
 
 Beside them the same blocks take turns as one would recompute them by hand, each block's forward pass wrapped in
-``torch.utils.checkpoint.checkpoint(..., use_reentrant=False)``.
+``torch.utils.checkpoint.checkpoint(..., use_reentrant=False)``. A GPT-2 with next to nothing to compute tells what a
+block takes more than a plain one, in microseconds, by hand and by a plan, also where products are kept (by hand:
+``create_selective_checkpoint_contexts``).
 
     python -m studies.replay                # about ten minutes on 2 cores
     python -m studies.replay --only llama
+    python -m studies.replay --only bare    # seconds
 """
 
 from __future__ import annotations
@@ -33,8 +36,9 @@ from typing import Any
 
 import msgspec
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import profiler
 from executor.engine import apply_checkpoints
 from planner import optimize
 from planner.cost import instead, name_segments, predict
@@ -52,13 +56,16 @@ from profiler import records, registry
 from profiler.device import describe
 from profiler.freed_memory import keep_freed_memory
 from profiler.profile_record import KEEPINGS, PrecisionProfile, Profile
+from profiler.selective import MADE_FROM
 from profiler.timing import stepper_for
 from studies.accuracy import selectable
+from studies.overhead import bare_gpt2
 from studies.runs import RESULTS, name_on, picked, provenance, run, write
 
 CPU = torch.device("cpu")
 
 BY_HAND = "by hand"
+BARE = ("planned", BY_HAND, "planned, products kept", "by hand, products kept")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,11 +138,11 @@ def named_blocks(profile: Profile) -> dict[str, tuple[int, int]]:
     return {name: span for name, span in names if name is not None}
 
 
-def recompute_by_hand(model: torch.nn.Module, names: Iterable[str]) -> None:
+def recompute_by_hand(model: torch.nn.Module, names: Iterable[str], **how: Any) -> None:
     """Wrap the modules of these names as torch's documentation has it."""
     for name in names:
         module = model.get_submodule(name)
-        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False, **how)  # type: ignore[method-assign]
 
 
 def timed(profile: Profile, measured: PrecisionProfile, rounds: int) -> Iterator[Row]:
@@ -185,6 +192,40 @@ def timed(profile: Profile, measured: PrecisionProfile, rounds: int) -> Iterator
         )
 
 
+def bare(rounds: int) -> dict[str, float]:
+    """Microseconds that a block of next to no computing takes more than a plain one; the least of all rounds."""
+    workload = bare_gpt2()
+    profile = profiler.profile(workload, (1,), ("fp32",), "cpu", steps=1)
+    measured, spans = profile.precisions[0], named_blocks(profile)
+    stages = [stage for start, stop in spans.values() for stage in range(start, stop)]
+    models = {name: copy.deepcopy(workload.model) for name in ("plain", *BARE)}
+    apply_checkpoints(models["planned"], _plan(profile, measured, Placed.of(tuple(spans.values()), [])))
+    kept = Placed.of((), [(stage, KEEPINGS.index("selective")) for stage in stages])
+    apply_checkpoints(models["planned, products kept"], _plan(profile, measured, kept))
+    recompute_by_hand(models[BY_HAND], spans)
+    recompute_by_hand(models["by hand, products kept"], spans, context_fn=_keep_products)
+    batch = workload.batch(1)
+
+    def seconds(model: torch.nn.Module) -> float:
+        start = time.perf_counter()
+        workload.loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        spent = time.perf_counter() - start
+        model.zero_grad()
+        return spent
+
+    work = {name: functools.partial(seconds, model) for name, model in models.items()}
+    least = {name: min(taken[2:]) for name, taken in _in_turns(work, rounds).items()}
+    return {name: (least[name] - least["plain"]) / len(spans) * 1e6 for name in BARE}
+
+
+def _keep_products() -> Any:
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kept = operation.overloadpacket in MADE_FROM
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
 def _plan(profile: Profile, measured: PrecisionProfile, placed: Placed) -> Plan:
     size = profile.micro_batch_sizes[0]
     choice = Choice(
@@ -203,11 +244,16 @@ def _plan(profile: Profile, measured: PrecisionProfile, placed: Placed) -> Plan:
 
 def _medians(work: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
     """Of all rounds but the first two, which warm up."""
+    return {name: statistics.median(seconds[2:]) for name, seconds in _in_turns(work, rounds).items()}
+
+
+def _in_turns(work: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each returned in each round, and in two before."""
     taken: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds + 2):
         for name, once in work.items():
             taken[name].append(once())
-    return {name: statistics.median(seconds[2:]) for name, seconds in taken.items()}
+    return taken
 
 
 def fitted(rows: Sequence[Row]) -> tuple[int, int, int]:
@@ -254,6 +300,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=16)
     options = parser.parse_args()
     keep_freed_memory()
+    least = bare(10 * options.rounds) if options.only in ("", "bare") else {}
+    if least:
+        print("microseconds a block with next to nothing to compute takes more:")
+        print("\n".join(f"  {name:24}{taken:7.0f}" for name, taken in least.items()), flush=True)
+    if options.only == "bare":
+        return
     rows: list[Row] = []
     for case in picked(parser, CASES, lambda case: case.model, options.only):
         with tempfile.TemporaryDirectory() as folder:
@@ -282,7 +334,15 @@ def main() -> None:
         device = describe(CPU)
         name = name_on("replay", device)
         head = provenance("python -m studies.replay") | {"device": msgspec.to_builtins(device)}
-        write(name, head | {"summary": summary, "rows": [msgspec.to_builtins(row) for row in rows]})
+        write(
+            name,
+            head
+            | {
+                "summary": summary,
+                "bare_block_microseconds": least,
+                "rows": [msgspec.to_builtins(row) for row in rows],
+            },
+        )
         print(f"written to {RESULTS / name}.json")
 
 
