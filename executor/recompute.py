@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
-from torch.utils._python_dispatch import _disable_current_modes, _len_torch_dispatch_stack
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from profiler.chain import Call
@@ -503,7 +503,7 @@ class _Recorder(TorchFunctionMode):
         self._pending = self._begin(module, args, kwargs)
         self._inside = module
         self.depth = 1
-        if _get_current_function_mode() is self:
+        if _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
             self.__exit__(None, None, None)
             self._is_aside = True
 
@@ -518,7 +518,7 @@ class _Recorder(TorchFunctionMode):
         """What a whole module calls is not recorded, so the mode is not in its way."""
         if self._is_aside:
             self._is_aside = False
-            self.__enter__()
+            self.__enter__()  # type: ignore[no-untyped-call]
 
     def _begin(self, function: Callable[..., Any], args: Any, kwargs: Any) -> _Recorded:
         leaves, form = tree_flatten((args, kwargs))
@@ -757,7 +757,7 @@ def _sequence_number(tensor: torch.Tensor) -> int:
 
 def _below_modes() -> contextlib.AbstractContextManager[object]:
     """Where no mode sees what is done: asking for them takes a tenth of switching none of them off."""
-    return _disable_current_modes() if _len_torch_dispatch_stack() else contextlib.nullcontext()
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else contextlib.nullcontext()
 
 
 @dataclass(frozen=True, slots=True)

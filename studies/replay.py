@@ -29,7 +29,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def recompute_by_hand(model: torch.nn.Module, names: Iterable[str], **how: Any) 
     """Wrap the modules of these names as torch's documentation has it."""
     for name in names:
         module = model.get_submodule(name)
-        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False, **how)  # type: ignore[method-assign]
+        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False, **how)
 
 
 def timed(profile: Profile, measured: PrecisionProfile, rounds: int) -> Iterator[Row]:
@@ -223,7 +223,7 @@ def _keep_products() -> Any:
         kept = operation.overloadpacket in MADE_FROM
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(policy)
+    return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
 
 
 def _plan(profile: Profile, measured: PrecisionProfile, placed: Placed) -> Plan:
@@ -242,12 +242,12 @@ def _plan(profile: Profile, measured: PrecisionProfile, placed: Placed) -> Plan:
     return instead(optimize(profile, global_batch_size=size), choice)
 
 
-def _medians(work: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+def _medians(work: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
     """Of all rounds but the first two, which warm up."""
     return {name: statistics.median(seconds[2:]) for name, seconds in _in_turns(work, rounds).items()}
 
 
-def _in_turns(work: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def _in_turns(work: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """What each returned in each round, and in two before."""
     taken: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds + 2):

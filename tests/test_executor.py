@@ -209,9 +209,8 @@ def test_a_measurement_outside_the_stated_error_or_the_budget_does_not_pass(tigh
         )
 
     assert compare(tight, measured(), 1, None).passed
-    stated = (
-        tight.prediction.error.step_seconds
-    )  # Of steps this short more than a half, where others work beside.
+    # Of steps as short as these it is more than a half where others work beside.
+    stated = tight.prediction.error.step_seconds
     fast = compare(tight, measured(seconds=1 / (1 + 1.01 * stated)), 1, None)
     assert fast.within == {"step_seconds": False, "peak_memory_bytes": True, "memory_budget": True}
     assert not fast.passed

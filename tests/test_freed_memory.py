@@ -80,7 +80,8 @@ def test_a_loop_that_keeps_every_loss_as_a_tensor_does_not_grow_without_end(keep
     early, most, ended = done.stdout.split()
     assert ended == str(keeps == "tensors")
     assert ("Keep numbers instead, as loss.item()" in done.stderr) == (keeps == "tensors")
-    assert int(most) - int(early) < (2**29 + 2**28 if keeps == "numbers" else 2**28)
+    # Tensors have it grow by some 10 MiB a step, 840 in all if nothing stops that.
+    assert int(most) - int(early) < (2**29 + 2**28 if keeps == "numbers" else 2**29)
 
 
 def ended_at(growths_mib: Iterable[float], *, kept: bool = False) -> int | None:

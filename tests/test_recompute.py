@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import _get_current_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from executor.recompute import Checkpoints, SegmentError, Stretch
@@ -202,26 +203,57 @@ def test_an_unknown_module_is_refused_before_anything_changes() -> None:
     assert hooks(model) == 0
 
 
-def test_a_forward_pass_that_fails_inside_a_segment_leaves_the_next_one_working() -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_forward_pass_that_fails_inside_a_segment_leaves_the_next_one_working(
+    error: type[BaseException],
+) -> None:
+    """Of hooks after a module none is called where it was interrupted."""
+
     class Fails(nn.Module):
         fail = True
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if self.fail:
-                raise ZeroDivisionError
+                raise error
             return x * 2
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Fails(), nn.Tanh(), nn.Linear(4, 4))
     plain = copy.deepcopy(model)
     checkpoints = Checkpoints(model, [stretch("1", "4")])
     x = torch.randn(3, 4)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(error):
         model(x)
     for each in (model, plain):
         each[2].fail = False
         each(x).sum().backward()
     assert checkpoints.counts[0][1] == 1
+    assert _get_current_function_mode() is None
     assert_same_gradients(plain, model)
+
+
+def test_nothing_watches_within_a_module_that_a_replay_calls_as_a_whole() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            watching.append(_get_current_function_mode())
+            return torch.tanh(self.linear(x))
+
+    watching: list[object] = []
+
+    def forward(model: Any, x: torch.Tensor) -> torch.Tensor:
+        x = model.one(x)
+        watching.append(_get_current_function_mode())
+        return torch.tanh(model.end(model.two(x * 2)))
+
+    model = Chained(forward, one=Asks(), two=Asks(), end=nn.Linear(4, 4))
+    Checkpoints(model, [stretch("one", "end")])
+    model(torch.randn(3, 4)).sum().backward()
+    between = watching.pop(1)
+    assert between is not None
+    assert watching == [None] * 4  # Both modules, twice each.
 
 
 @pytest.mark.parametrize("evaluates", [True, False])
