@@ -14,17 +14,22 @@ import contextlib
 import functools
 import operator
 import sys
+import threading
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import profile
 
 LET_GO_SECONDS = 0.005
-"""What gloo's threads get to drop a finished collective; they need microseconds."""
+"""What gloo's threads get to drop a finished collective; they need microseconds, once they have a processor."""
+
+MOST_SECONDS = 1.0
+"""How long it is waited for that, at most."""
 
 COLLECTIVES = (
     "all_reduce",
@@ -50,13 +55,29 @@ class _Handle:
         self._work.wait()
         # gloo's thread first: whoever drops the work last frees its buffers, and only this thread is watched.
         time.sleep(LET_GO_SECONDS)
+        _wait(_others_sleep, MOST_SECONDS)
         self._work = None
-        until = time.monotonic() + 1
-        while any(now > then for now, then in zip(_holders(self._tensors), self._holders, strict=True)):
-            if time.monotonic() > until:
-                break
-            time.sleep(0)
+        _wait(self._nobody_else_holds, MOST_SECONDS)
         self._tensors = []
+
+    def _nobody_else_holds(self) -> bool:
+        return all(now <= then for now, then in zip(_holders(self._tensors), self._holders, strict=True))
+
+
+def _wait(until: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not until() and time.monotonic() < end:
+        time.sleep(0)
+
+
+def _others_sleep() -> bool:
+    """Whether no other thread of this process runs or waits for a processor. True where the system does not tell."""
+    own = threading.get_native_id()
+    for task in Path("/proc/self/task").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # One that has ended meanwhile.
+            if int(task.parent.name) != own and task.read_text().rpartition(")")[2].split()[0] == "R":
+                return False
+    return True
 
 
 def _holders(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:

@@ -54,7 +54,9 @@ def deaf(folder: Path, hand_over: HandOver) -> int:
 
 
 def wait(folder: Path, hand_over: HandOver) -> int:
-    (folder / f"{RANK}.up").write_text(str(os.getpid()))
+    written = folder / f"{RANK}.pid"
+    written.write_text(str(os.getpid()))
+    written.rename(folder / f"{RANK}.up")  # Whoever sees it can read it.
     time.sleep(600)
     return 0
 

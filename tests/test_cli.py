@@ -21,7 +21,7 @@ from planner.cli import _is_refusal, arguments
 from planner.plan import Error, Plan, Weights, load_plan
 from planner.storage import open_storage
 from profiler import records
-from profiler.profile_record import Profile, peak_at
+from profiler.profile_record import Profile, StageTime, peak_at
 
 ROOT = Path(__file__).parent.parent
 GPT2 = ROOT / "tests" / "data" / "gpt2.profile.json"
@@ -62,11 +62,28 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="session")
 def planned(profiled: tuple[Path, str]) -> Path:
-    """A plan for that profile that recomputes something."""
+    """A plan for that profile that recomputes something, whatever its stages of microseconds took this time."""
+    profile = records.read(profiled[0], Profile)
+    (measured,) = profile.precisions
+    stage = StageTime(
+        forward_seconds=1e-3,
+        recompute_seconds=1e-3,
+        backward_first_seconds=2e-3,
+        backward_later_seconds=2e-3,
+        kept_seconds=5e-4,
+        kept_narrow_seconds=5e-4,
+    )
+    even = tuple(msgspec.structs.replace(at, stages=(stage,) * len(at.stages)) for at in measured.wall)
+    cpu = None if measured.process_cpu is None else even
+    evenly = msgspec.structs.replace(measured, wall=even, process_cpu=cpu)
+    source = profiled[0].with_name("evenly.profile.json")
+    records.write(source, msgspec.structs.replace(profile, precisions=(evenly,)))
     path = profiled[0].with_name("mlp.plan.json")
     words = ("--global-batch-size", "8", "--memory-budget", "1MiB", "--storage", "none", "-o", path)
-    done = run_in(path.parent, "optimize", profiled[0], *words)
+    done = run_in(path.parent, "optimize", source, *words)
     assert done.returncode == 0, done.stderr
+    plan = load_plan(path)
+    assert (plan.micro_batch_size, bool(plan.checkpoint)) == (4, True)
     return path
 
 

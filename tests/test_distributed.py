@@ -237,12 +237,12 @@ def test_ranks_save_when_the_parent_is_asked_to_stop(tmp_path: Path, number: sig
 @pytest.mark.usefixtures("in_root")
 def test_a_rank_that_does_not_stop_in_time_is_killed(tmp_path: Path) -> None:
     sender = when_up(tmp_path, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    ended = run("deaf", tmp_path, grace_seconds=1)
+    ended = run("deaf", tmp_path, grace_seconds=4)
     sender.join()
     assert time.time() - (tmp_path / "1.up").stat().st_mtime < 20
     assert ended.status == 1
     assert ended.message == (
-        "Asked to stop by SIGTERM, and not all ranks did so in order: rank 0 had not ended 1 s later and was killed."
+        "Asked to stop by SIGTERM, and not all ranks did so in order: rank 0 had not ended 4 s later and was killed."
     )
 
 

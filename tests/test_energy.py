@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from torch import nn
 
 import executor
 import planner
@@ -126,19 +127,25 @@ class Rising:
 
     source = "rapl"
 
-    def __init__(self) -> None:
-        self._began: float | None = None
+    now = 0.0
 
     def joules(self) -> float:
-        self._began = self._began or time.perf_counter()
-        return 8.0 * (time.perf_counter() - self._began) ** 2
+        return 8.0 * self.now**2
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def work(self) -> None:
+        self.now += 0.005
 
 
-def test_halves_of_a_window_that_differ_are_its_spread() -> None:
+def test_halves_of_a_window_that_differ_are_its_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     """2 J in the first half second and 8 - 2 in the second: 4 and 12 W, each 4 W from their mean of 8."""
-    window = repeat(Rising(), lambda: time.sleep(0.005), CPU, 1.0)
-    assert window.spread == pytest.approx(0.5, abs=0.1)
-    assert window.watts == pytest.approx(8.0, rel=0.1)
+    rising = Rising()
+    monkeypatch.setattr(energy, "time", rising)
+    window = repeat(rising, rising.work, CPU, 1.0)
+    assert window.spread == pytest.approx(0.5, abs=0.01)
+    assert window.watts == pytest.approx(8.0, rel=0.02)
 
 
 class Unplugged:
@@ -325,8 +332,9 @@ def plan(draws_50_watts: Path) -> Plan:
     assert profile.energy is not None
     assert profile.energy.source == "rapl"
     watts = profile.energy.phases[0]
-    assert watts.forward_watts == pytest.approx(DRAWN_WATTS, rel=0.15)
-    assert watts.optimizer_watts == pytest.approx(DRAWN_WATTS, rel=0.15)
+    # The thread that keeps the file up to date may have to wait for a processor.
+    assert watts.forward_watts == pytest.approx(DRAWN_WATTS, rel=0.3)
+    assert watts.optimizer_watts == pytest.approx(DRAWN_WATTS, rel=0.3)
     return planner.optimize(profile, 4, weights=Weights(energy=1.0))
 
 
@@ -334,14 +342,23 @@ def test_a_counter_is_used_from_the_profile_to_the_verification(draws_50_watts: 
     """A short step is repeated until the counter has had its window."""
     assert plan.prediction.step_joules is not None
     assert plan.prediction.error.step_joules is not None
-    began = time.perf_counter()
-    found = executor.verify(plan, mlp(2), steps=20)
-    elapsed = time.perf_counter() - began
+    workload, losses = mlp(2), 0
+    at: dict[str, tuple[float, int]] = {}
+
+    def counted(model: nn.Module, batch: Any) -> torch.Tensor:
+        nonlocal losses
+        losses += 1
+        return workload.loss(model, batch)
+
+    def note(message: str) -> None:
+        at[message.partition(" (")[0]] = time.perf_counter(), losses
+
+    found = executor.verify(plan, replace(workload, loss=counted), steps=20, progress=note)
+    (began, before), (ended, after) = at["measuring energy"], at["measuring peak memory"]
+    steps = (after - before) / plan.gradient_accumulation_steps
+    assert ended - began > energy.WINDOW_SECONDS
     assert found.measured.step_joules is not None
-    assert elapsed > energy.WINDOW_SECONDS
-    per_step = DRAWN_WATTS * found.measured.step_seconds
-    # The counter had its own steps, and other work on the machine may have come or gone in between.
-    assert per_step / 4 < found.measured.step_joules < per_step * 4
+    assert found.measured.step_joules == pytest.approx(DRAWN_WATTS * (ended - began) / steps, rel=0.3)
     assert "step_joules" in found.within
 
 

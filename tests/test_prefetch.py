@@ -93,6 +93,9 @@ def test_no_more_is_prepared_than_was_asked_for() -> None:
     with Loader(preparations, ahead=3) as found:
         for _ in range(2):
             next(found)
+        until = time.monotonic() + 10
+        while len(made) < 5 and time.monotonic() < until:
+            time.sleep(0.01)
         time.sleep(0.1)
         assert len(made) == 5
 

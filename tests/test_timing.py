@@ -64,7 +64,7 @@ def test_a_stage_that_naps_is_timed_as_napping_and_the_windows_make_up_the_step(
     for seconds, nap in zip(forward, (0.01, 0.05, 0.02), strict=True):
         assert nap <= seconds < nap + 0.03
     # The product of each is what a selective segment keeps, and next to nothing beside the nap.
-    assert all(0 < (stage.kept_seconds or 0.0) < 0.005 for stage in timing.wall.stages)
+    assert all(0 < (stage.kept_seconds or 0.0) < stage.forward_seconds / 2 for stage in timing.wall.stages)
     assert sum(step_parts(timing.wall, 2, PLAIN).values()) == pytest.approx(timing.wall.step_seconds)
     assert all(stage.recompute_seconds <= stage.forward_seconds for stage in timing.wall.stages)
     assert timing.process_cpu is not None
@@ -96,7 +96,7 @@ def test_a_recompute_ends_at_the_last_tensor_that_is_saved() -> None:
 
 
 def test_a_hopeless_precision_is_recorded_with_its_slowdown_and_not_timed() -> None:
-    workload = workload_of(naps((0.005, 0.02), (0.005, 0.02), (0.005, 0.02)))
+    workload = workload_of(naps((0.02, 0.08), (0.02, 0.08), (0.02, 0.08)))
     profile = profiler.profile(workload, batch_sizes=(2,), device="cpu", optimizer="sgd", steps=1)
     assert [measured.precision for measured in profile.precisions] == ["fp32"]
     (hopeless,) = profile.hopeless
@@ -107,7 +107,7 @@ def test_a_hopeless_precision_is_recorded_with_its_slowdown_and_not_timed() -> N
 
 
 def test_a_precision_that_is_worse_than_hopeless_is_broken_off_between_two_stages() -> None:
-    model = naps(*((0.002, 0.1) for _ in range(10)))
+    model = naps(*((0.005, 0.3) for _ in range(10)))
     profile = profiler.profile(workload_of(model), batch_sizes=(2,), device="cpu", optimizer="sgd", steps=1)
     assert profile.hopeless[0].slowdown > 10
     first, last = model[0], model[9]

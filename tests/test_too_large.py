@@ -66,7 +66,7 @@ def test_a_step_that_kept_what_it_saves_elsewhere_takes_as_long_as_its_operation
     assert four.yardstick_seconds is not None
     assert eight.yardstick_seconds is not None
     plain = four.step_seconds / four.yardstick_seconds
-    assert 0.6 < eight.step_seconds / eight.yardstick_seconds / plain < 1.6
+    assert 0.5 < eight.step_seconds / eight.yardstick_seconds / plain < 2
 
 
 def test_without_a_budget_only_what_fits_as_a_plain_step_is_planned(folder: Path, profile: Profile) -> None:
