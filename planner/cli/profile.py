@@ -17,10 +17,12 @@ from planner.cli import arguments
 
 if TYPE_CHECKING:
     from profiler.profile_record import Profile
+    from profiler.workload import Workload
 
 MODELS = "gpt2, resnet50, transformers:NAME_OR_DIR, torchvision:NAME or package.module:function"
-DEFAULT_BATCHES = {"resnet50": (16, 32, 64)}
-FALLBACK_BATCHES = (1, 2, 4)
+SMALLEST_BATCHES = {"resnet50": 16}
+"""Micro-batch sizes are doubles of these, or of 1."""
+
 NOISE_STEPS = 8
 """Probing steps of ``--noise-scale``: with 8, its 95% interval is wide (Student's t of 7 is 2.4) but not useless."""
 
@@ -34,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch",
         metavar="BATCHES",
         type=arguments.counts,
-        help="micro-batch sizes to measure (default: 1,2,4; for resnet50: 16,32,64)",
+        help="micro-batch sizes to measure (default: 1,2,4 on a CPU, 1,2,4,... up to 128 as the memory of a GPU "
+        "allows; resnet50: from 16 on)",
     )
     parser.add_argument(
         "--seq-len",
@@ -126,9 +129,13 @@ def run(args: argparse.Namespace) -> int:
         fake = args.fake or catalogue.has(args.device)
         with without_memory() if fake else contextlib.nullcontext():
             workload = build(spec)
+        batches = args.batch
+        if batches is None:
+            tell("choosing micro-batch sizes")
+            batches = default_sizes(args.device, SMALLEST_BATCHES.get(spec.name, 1), workload, args.optimizer)
         found = profile(
             workload,
-            args.batch or DEFAULT_BATCHES.get(spec.name, FALLBACK_BATCHES),
+            batches,
             args.precision,
             args.device,
             optimizer=args.optimizer,
@@ -147,6 +154,21 @@ def run(args: argparse.Namespace) -> int:
     else:
         show(found, path)
     return 0
+
+
+def default_sizes(device: str, smallest: int, workload: Workload, optimizer: str) -> tuple[int, ...]:
+    """Three micro-batch sizes for a CPU, for a GPU as many as it holds."""
+    from profiler import catalogue
+    from profiler.device import describe, resolve
+    from profiler.micro_batches import FEWEST, sizes_that_fit
+
+    if catalogue.has(device):
+        memory_bytes = catalogue.find(device).memory_bytes
+    elif (here := resolve(device)).type == "cuda":
+        memory_bytes = describe(here).memory_bytes
+    else:
+        return tuple(smallest * 2**n for n in range(FEWEST))
+    return sizes_that_fit(workload, memory_bytes, smallest=smallest, optimizer=optimizer)
 
 
 def show(profile: Profile, path: Path) -> None:
@@ -184,11 +206,16 @@ def show(profile: Profile, path: Path) -> None:
     out.print()
 
     out.print(heading(f"One optimizer step of two micro-batches{of_source(profile.time_source)}"))
-    columns = [f"micro-batch {size}" for size in profile.micro_batch_sizes]
-    steps = table("precision", *columns, right=columns)
-    for measured in profile.precisions:
-        times = [f"{of_seconds(t.step_seconds)} ± {t.spread:.1%}" for t in measured.wall]
-        steps.add_row(measured.precision, *times, *["no memory"] * (len(columns) - len(times)))
+    columns = ("micro-batch", *(measured.precision for measured in profile.precisions))
+    steps = table(*columns, right=columns)
+    for number, size in enumerate(profile.micro_batch_sizes):
+        times = [
+            f"{of_seconds(measured.wall[number].step_seconds)} ± {measured.wall[number].spread:.1%}"
+            if number < len(measured.wall)
+            else "no memory"
+            for measured in profile.precisions
+        ]
+        steps.add_row(str(size), *times)
     out.print(steps)
     for measured in profile.precisions:
         away = [str(size) for size in measured.micro_batch_sizes if size not in measured.plain_sizes]
