@@ -503,6 +503,7 @@ class _Recorder(TorchFunctionMode):
         self._pending = self._begin(module, args, kwargs)
         self._inside = module
         self.depth = 1
+        # What a whole module calls is not recorded, so the mode need not be in its way.
         if _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
             self.__exit__(None, None, None)
             self._is_aside = True
@@ -515,7 +516,7 @@ class _Recorder(TorchFunctionMode):
             self._inside = self._pending = None
 
     def _step_back(self) -> None:
-        """What a whole module calls is not recorded, so the mode is not in its way."""
+        """Be torch's mode again, where it was left for a module."""
         if self._is_aside:
             self._is_aside = False
             self.__enter__()  # type: ignore[no-untyped-call]
